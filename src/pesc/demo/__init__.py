@@ -1,0 +1,1 @@
+"""The demo: craft, train and examine a small mixture of experts on one machine."""

@@ -1,0 +1,96 @@
+"""Losses that train the router: pure functions of its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def balance_loss(
+    *, router_logits: torch.Tensor, num_experts_per_tok: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Balance loss of one layer without its weight: E * sum_i f_i * p_i (eq. 10).
+
+    f_i is the share of the tokens sent to expert i and p_i the mean probability of expert i under a softmax over all
+    experts. The gradient flows through p. With every expert equally busy the value is K, its minimum for a router
+    whose choices follow its probabilities; with all tokens on the same K experts it approaches E.
+
+    Args:
+        router_logits: [T, E].
+        num_experts_per_tok: K.
+        mask: [T], true or 1 for tokens that count; all count when left out.
+
+    Returns:
+        A scalar, fp32.
+    """
+    num_experts = router_logits.shape[-1]
+    probabilities_TE = router_logits.float().softmax(dim=-1)
+    index_TK = router_logits.topk(num_experts_per_tok, dim=-1).indices
+    chosen_TE = torch.zeros_like(probabilities_TE).scatter(-1, index_TK, 1.0)
+    return num_experts * (_mean(chosen_TE, mask) * _mean(probabilities_TE, mask)).sum()
+
+
+def z_loss(*, router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Router z-loss of one layer without its weight: the mean squared log-sum-exp of the logits (ST-MoE, eq. 5).
+
+    Args:
+        router_logits: [T, E].
+        mask: [T], true or 1 for tokens that count.
+
+    Returns:
+        A scalar, fp32.
+    """
+    return _mean(router_logits.float().logsumexp(dim=-1, keepdim=True) ** 2, mask).sum()
+
+
+def token_mask(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """The mask of the tokens that a forward pass saw, flattened like the router's logits.
+
+    Args:
+        attention_mask: [B, S] with 1 for real tokens; S may include cached tokens before the new ones.
+        num_tokens: T, the tokens of this pass.
+
+    Returns:
+        [T] bool, or None where every token counts (no mask, or one of another form, such as packed 4-D masks).
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    seq_len = num_tokens // attention_mask.shape[0]
+    return attention_mask[:, -seq_len:].reshape(-1).bool()
+
+
+def router_losses(
+    *,
+    router_logits: Sequence[torch.Tensor],
+    num_experts_per_tok: Sequence[int],
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balance and z-loss of a whole model: the sums over its crafted layers, without their weights.
+
+    Args:
+        router_logits: a [T, E] tensor for each layer.
+        num_experts_per_tok: K of each layer.
+        attention_mask: [B, S], as the model gets it.
+
+    Returns:
+        (balance, z), two fp32 scalars on the first layer's device.
+    """
+    mask = token_mask(attention_mask, router_logits[0].shape[0])
+    device = router_logits[0].device
+    balance = torch.zeros((), device=device)
+    z = torch.zeros((), device=device)
+    for logits, top_k in zip(router_logits, num_experts_per_tok, strict=True):
+        layer_mask = None if mask is None else mask.to(logits.device)
+        layer_balance = balance_loss(router_logits=logits, num_experts_per_tok=top_k, mask=layer_mask)
+        balance = balance + layer_balance.to(device)
+        z = z + z_loss(router_logits=logits, mask=layer_mask).to(device)
+    return balance, z
+
+
+def _mean(values_TX: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
+    if mask_T is None:
+        return values_TX.mean(dim=0)
+    weights_T1 = mask_T.to(values_TX.dtype).unsqueeze(-1)
+    # A batch of nothing but padding has a loss of zero, not NaN.
+    return (values_TX * weights_T1).sum(dim=0) / weights_T1.sum().clamp(min=1)

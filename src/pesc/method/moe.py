@@ -1,0 +1,87 @@
+"""The crafted FFN: one shared FFN, a router and a bank of experts behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pesc.config import LayerConfig, PescConfig
+from pesc.method.experts import Experts, build_experts
+from pesc.method.router import Router
+
+
+class CraftedFFN(nn.Module):
+    """Extends a dense FFN's class: y = F(x) + s * sum_i R_i(x) a_i(.) over the K experts chosen for each token.
+
+    Since a token's weights R_i sum to 1, this is eq. 7 with the shared FFN run once per token and no copy of its
+    output. The adapters read F(x) ("sequential", eq. 8) or x ("parallel").
+
+    It extends the dense class instead of wrapping a dense module, so that every dense weight keeps its name: in
+    checkpoints, tensor-parallel plans and LoRA targets. `craft_ffn` makes one.
+    """
+
+    router: Router
+    experts: Experts
+    adapter_placement: str
+    adapter_scaling: float
+    adapter_dropout: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """1. shared FFN; 2. route on its input; 3. run the chosen adapters; 4. add.
+
+        Args:
+            hidden_states: [..., D].
+
+        Returns:
+            [..., D].
+        """
+        shared = super().forward(hidden_states)
+        hidden_size = hidden_states.shape[-1]
+        _, weights_TK, index_TK = self.router(hidden_states.reshape(-1, hidden_size))
+        adapted = shared if self.adapter_placement == "sequential" else hidden_states
+        if self.adapter_dropout > 0:
+            adapted = F.dropout(adapted, self.adapter_dropout, self.training)
+        delta_TD = self.experts(adapted.reshape(-1, hidden_size), index_TK, weights_TK * self.adapter_scaling)
+        return shared + delta_TD.view_as(shared)
+
+
+def craft_ffn(ffn: nn.Module, hf_config: Any, config: PescConfig, layer: LayerConfig, hidden_size: int) -> CraftedFFN:
+    """Give a dense FFN its router and experts, in place.
+
+    Args:
+        ffn: maps [..., D] to [..., D].
+        hf_config: the model's transformers config, whose `_experts_implementation` the bank follows.
+        config: the method's settings.
+        layer: those of this layer.
+        hidden_size: D.
+
+    Returns:
+        The same module, now a `CraftedFFN`, computing exactly what it computed before.
+    """
+    ffn.__class__ = crafted_ffn_class(type(ffn))
+    assert isinstance(ffn, CraftedFFN)
+    ffn.router = Router(hidden_size, layer.num_experts, layer.num_experts_per_tok)
+    ffn.experts = build_experts(
+        hf_config,
+        activation=config.adapter_activation,
+        num_experts=layer.num_experts,
+        hidden_size=hidden_size,
+        adapter_dim=layer.adapter_dim,
+    )
+    ffn.adapter_placement = config.adapter_placement
+    ffn.adapter_scaling = config.adapter_scaling
+    ffn.adapter_dropout = config.adapter_dropout
+    return ffn
+
+
+_CLASSES: dict[type[nn.Module], type[CraftedFFN]] = {}
+
+
+def crafted_ffn_class(dense: type[nn.Module]) -> type[CraftedFFN]:
+    """The class of a dense FFN class's crafted modules; one for each dense class."""
+    if dense not in _CLASSES:
+        _CLASSES[dense] = type(f"Crafted{dense.__name__}", (CraftedFFN, dense), {"__module__": __name__})
+    return _CLASSES[dense]

@@ -1,0 +1,71 @@
+"""The top-k router (eq. 9) and a way to watch it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for each token from the FFN's input.
+
+    R(x) = softmax(KeepTopK(W_r x)) (eq. 9): the K weights of a token sum to 1.
+
+    Not an `nn.Linear`, so that quantizers and LoRA leave it alone.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Kaiming-uniform with a = sqrt(5), as the authors initialise it."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        self.weight.uniform_(-bound, bound)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route tokens.
+
+        Args:
+            hidden_states: [T, D], the FFN's input.
+
+        Returns:
+            router_logits [T, E] fp32; top_k_weights [T, K] in the input's dtype; top_k_index [T, K] int64.
+        """
+        logits_TE = F.linear(hidden_states, self.weight).float()
+        top_logits_TK, index_TK = torch.topk(logits_TE, self.num_experts_per_tok, dim=-1)
+        weights_TK = top_logits_TK.softmax(dim=-1).to(hidden_states.dtype)
+        return logits_TE, weights_TK, index_TK
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}"
+
+
+@contextmanager
+def record_router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the router logits of every forward pass run inside the block.
+
+    Yields:
+        A list that grows by one [T, E] fp32 tensor for each crafted layer passed, in order. The tensors keep their
+        autograd graph.
+    """
+    recorded: list[torch.Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output: recorded.append(output[0]))
+        for module in model.modules()
+        if isinstance(module, Router)
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,215 @@
+"""A crafted model is a good Hugging Face citizen."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, disturb, tiny_model, tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pesc import PescConfig, craft
+from pesc.crafting.surgery import crafted_ffns, expert_parameters
+
+SMALL = {"num_experts": 4, "adapter_dim": 8}
+
+
+def crafted_model(family: str = "llama", dtype: torch.dtype = torch.float32, **settings):  # noqa: ANN201
+    return disturb(craft(tiny_model(family, dtype), PescConfig(**(SMALL | settings)))).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded_bit_equal(family: str, tmp_path: Path) -> None:
+    model = crafted_model(family)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert loaded.config.to_json_string() == model.config.to_json_string()
+
+
+def test_config_keeps_dense_fields_at_the_top_and_its_own_type(tmp_path: Path) -> None:
+    model = crafted_model("qwen3", num_experts=[4, 4, 2])
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert (values["model_type"], values["base_model_type"], values["architectures"]) == (
+        "pesc",
+        "qwen3",
+        ["PescForCausalLM"],
+    )
+    assert values["hidden_size"] == 32
+    assert values["pesc"]["num_experts"] == [4, 4, 2]
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.method == model.config.method
+    assert (config.num_experts, config.num_experts_per_tok) == ([4, 4, 2], 2)
+
+
+def test_weights_keep_their_dense_names_on_disk(tmp_path: Path) -> None:
+    dense_names = {name for name, _ in tiny_model("llama").named_parameters()}
+    model = crafted_model()
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == dense_names | set(expert_parameters(model))
+
+
+def test_without_pesc_the_auto_classes_refuse(tmp_path: Path) -> None:
+    crafted_model().save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "pesc" in refused.stderr.splitlines()[-1] or "pesc" in refused.stderr
+    loaded = subprocess.run([sys.executable, "-c", f"import pesc; {code}"], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_import_is_cheap_and_works_before_or_after_transformers() -> None:
+    code = "import pesc, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import transformers; transformers.AutoConfig; import pesc; assert 'pesc' in transformers.CONFIG_MAPPING"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bad_checkpoints_list_every_mismatch_at_once(tmp_path: Path) -> None:
+    crafted_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.up_proj"], tensors["model.layers.0.self_attn.q_proj.weight"]
+    tensors["model.layers.2.mlp.router.weight"] = torch.zeros(5, 32)
+    tensors["model.layers.0.mlp.experts.extra"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="does not hold this crafted model") as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    message = str(error.value)
+    assert "missing: model.layers.1.mlp.experts.up_proj" in message
+    assert "missing: model.layers.0.self_attn.q_proj.weight" in message
+    assert "unexpected: model.layers.0.mlp.experts.extra" in message
+    assert "wrong shape: model.layers.2.mlp.router.weight is [5, 32] in the file, [4, 32] by the config" in message
+
+
+def test_bad_configs_are_refused(tmp_path: Path) -> None:
+    crafted_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"pesc": good["pesc"] | {"num_expert": 3}}))
+    with pytest.raises(ValueError, match=r"unknown key 'num_expert' \(did you mean 'num_experts'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    path.write_text(json.dumps(good | {"base_model_type": "lama"}))
+    with pytest.raises(ValueError, match=r"base_model_type \('lama'\) must be"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "wide_mm"])
+def test_backends_are_chosen_by_name(backend: str, tmp_path: Path) -> None:
+    model = crafted_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=backend)
+    assert loaded.config._experts_implementation == backend
+    assert torch.allclose(loaded(tokens()).logits, model(tokens()).logits, atol=1e-5)
+    model.set_experts_implementation(backend)
+    assert crafted_ffns(model)[0][1].experts.config._experts_implementation == backend
+
+
+def test_dtype_and_device_map(tmp_path: Path) -> None:
+    crafted_model().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded(tokens()).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_equals_the_full_forward(family: str) -> None:
+    model = crafted_model(family)
+    prompt = tokens(length=6)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    full = model(out).logits
+    assert torch.equal(out[:, 6:], full[:, 5:-1].argmax(-1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_padded_batches_generate_what_each_row_alone_does(family: str) -> None:
+    model = crafted_model(family)
+    short, long = tokens(1, 4, seed=1), tokens(1, 9, seed=2)
+    padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
+    mask = (padded != 0).long()
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    together = model.generate(padded, attention_mask=mask, **settings)[:, 9:]
+    for row, prompt in zip(together, (short, long), strict=True):
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0, prompt.shape[1] :]
+        assert torch.equal(row, alone)
+
+
+def test_router_logits_and_aux_loss() -> None:
+    model = crafted_model(layers=[0, 2])
+    plain = model(tokens(), labels=tokens())
+    out = model(tokens(), labels=tokens(), output_router_logits=True)
+    assert [tuple(logits.shape) for logits in out.router_logits] == [(22, 4), (22, 4)]
+    assert out.loss.item() == pytest.approx((plain.loss + 0.01 * out.aux_loss).item())
+    assert model.base_model(tokens(), output_router_logits=True).router_logits[1].equal(out.router_logits[1])
+    as_tuple = model(tokens(), labels=tokens(), output_router_logits=True, return_dict=False)
+    assert torch.equal(as_tuple[0], out.loss)
+    assert "router_logits" not in plain or plain.router_logits is None
+
+
+def test_training_loss_includes_the_router_losses() -> None:
+    model = crafted_model(router_z_loss_coef=0.001)
+    plain = model(tokens(), labels=tokens()).loss
+    trained = model.train()(tokens(), labels=tokens()).loss
+    assert trained > plain
+    trained.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in expert_parameters(model).items() if "router" in name)
+
+
+def _gradients(model) -> dict[str, torch.Tensor]:  # noqa: ANN001
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model = crafted_model().train()
+    model(tokens(), labels=tokens()).loss.backward()
+    plain = _gradients(model)
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    model(tokens(), labels=tokens()).loss.backward()
+    checkpointed = _gradients(model)
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.allclose(plain[k], checkpointed[k], atol=1e-6) for k in plain)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_gradient_accumulation_averages_the_router_losses() -> None:
+    """Micro-batches with their items' count, as the trainer passes it, weigh router losses by their share."""
+    model = crafted_model().train()
+    rows = tokens(4, 11)
+    for row in rows.split(1):
+        model(row, labels=row, num_items_in_batch=torch.tensor(40)).loss.backward()
+    accumulated = _gradients(model)
+    model.zero_grad()
+    (sum(model(row, labels=row).loss for row in rows.split(1)) / 4).backward()
+    averaged = _gradients(model)
+    assert all(torch.allclose(accumulated[k], averaged[k], atol=1e-6) for k in averaged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm", "wide_mm"])
+def test_compiles_without_graph_breaks_in_our_layer(backend: str) -> None:
+    model = crafted_model()
+    model.set_experts_implementation(backend)
+    _, ffn = crafted_ffns(model)[0]
+    x = torch.randn(2, 5, 32)
+    compiled = torch.compile(ffn, fullgraph=True)
+    assert torch.allclose(compiled(x), ffn(x), atol=1e-5)
+
+
+def test_config_survives_pickle_and_copies() -> None:
+    model = crafted_model()
+    for copied in (pickle.loads(pickle.dumps(model.config)), copy.deepcopy(model.config)):
+        assert type(copied) is type(model.config)
+        assert copied.to_dict() == model.config.to_dict()
+        assert copied._attn_implementation == model.config._attn_implementation
+    assert torch.equal(copy.deepcopy(model)(tokens()).logits, model(tokens()).logits)
