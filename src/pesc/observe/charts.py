@@ -7,15 +7,16 @@ A figure is drawn in stand-in colours, one per role, and the finished SVG has ea
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from markupsafe import Markup
 
 from pesc.observe.findings import Comparison
 
@@ -23,7 +24,7 @@ HALF = 10  # colour steps on each side of a heat map's centre
 ROLES = ["ink", "muted", "grid", "dense", "pesc", "better", "worse", "unclear"]
 ROLES += [f"heat{step}" for step in range(2 * HALF + 1)]
 
-STYLE = {
+STYLE: Any = {  # matplotlib types the keys as literals
     "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
     "svg.hashsalt": "pesc",  # the same run gives the same page
     "text.parse_math": False,  # a domain's name may hold a dollar sign
@@ -158,7 +159,7 @@ def _plain_tokens(axes: Axes) -> None:
 
 
 def _whole(count: int) -> FixedLocator:
-    return FixedLocator(range(0, count, 1 if count <= 16 else 5 if count <= 50 else 10))
+    return FixedLocator(range(0, count, 1 if count <= 12 else 5 if count <= 50 else 10))
 
 
 def _tiles(spots: Sequence[tuple[int, int]]) -> Outline:

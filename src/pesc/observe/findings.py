@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pesc.observe.records import BASE, DENSE, PAIR, PESC, Metrics, Model, Results, Routing, Run
+from pesc.observe.records import BASE, DENSE, PAIR, PESC, Metrics, Results, Routing, Run
 
 CLEAR = 2.0  # standard errors
 
@@ -53,10 +53,10 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def outcome(mean: float, error: float, rows: int) -> str:
-    """`better`, `worse` or `unclear`; one row has no spread to judge by, whatever its error says."""
-    if rows < 2 or not (math.isfinite(mean) and math.isfinite(error)):
-        return "unclear"
-    if mean == 0 or abs(mean) < CLEAR * error:
+    """`better`, `worse`, `unclear` or `unmeasured`; one row has no spread to judge by, whatever its error."""
+    if not math.isfinite(mean):
+        return "unmeasured"
+    if rows < 2 or not math.isfinite(error) or mean == 0 or abs(mean) < CLEAR * error:
         return "unclear"
     return "better" if mean < 0 else "worse"
 
@@ -72,9 +72,10 @@ def compare(results: Results) -> list[Comparison]:
             "better": f"PESC is better: its loss is lower by {number(-mean)}",
             "worse": f"PESC is worse: its loss is higher by {number(mean)}",
             "unclear": f"no clear difference: PESC differs by {signed(mean)}",
+            "unmeasured": "no verdict: a loss is not a finite number",
         }[result]
         sentence += f", standard error {number(error)} ({number(pesc)} against {number(dense)})."
-        if result != "unclear" and (pesc - dense) * mean < 0:
+        if result in ("better", "worse") and (pesc - dense) * mean < 0:
             sentence += " Row by row and over all tokens at once the two point opposite ways; trust neither."
         found.append(Comparison(domain, mean, error, result, sentence))
     return found
@@ -83,7 +84,7 @@ def compare(results: Results) -> list[Comparison]:
 def headline(comparisons: Sequence[Comparison]) -> str:
     """The verdict in one sentence."""
     groups = {result: [c.domain for c in comparisons if c.outcome == result]
-              for result in ("better", "worse", "unclear")}
+              for result in ("better", "worse", "unclear", "unmeasured")}
     count = len(comparisons)
     everywhere = f"in all {count} domains" if count > 1 else f"on {comparisons[0].domain}"
     if len(groups["better"]) == count:
@@ -92,7 +93,10 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         return f"Sparse loses: PESC is behind dense + LoRA {everywhere}."
     if len(groups["unclear"]) == count:
         return f"No clear difference between PESC and dense + LoRA {everywhere}."
-    words = {"better": "better on {}", "worse": "worse on {}", "unclear": "not clearly different on {}"}
+    if len(groups["unmeasured"]) == count:
+        return f"No verdict: a held-out loss is not a finite number {everywhere}."
+    words = {"better": "better on {}", "worse": "worse on {}", "unclear": "not clearly different on {}",
+             "unmeasured": "without a finite loss to compare on {}"}
     parts = [words[result].format(listed(names)) for result, names in groups.items() if names]
     kind = "A mixed result" if groups["better"] and groups["worse"] else "A partial result"
     return f"{kind}: PESC is {listed(parts)}, against dense + LoRA."
@@ -161,10 +165,12 @@ def balance_notes(metrics: Metrics, routing: Routing) -> str:
     level = tail(metrics["balance"])
     word = ("cannot be told" if not math.isfinite(level) else "is close to even on the whole" if level > 0.95
             else "is uneven" if level > 0.8 else "has collapsed onto few experts")
-    loads = np.concatenate([load for domain in routing.shares for load in loads_of(routing, domain).values()])
+    loads = np.concatenate([load for domain in routing.shares
+                            for load in loads_of(routing, domain).values()])
     idle = int((loads < 0.1).sum())
-    return (f"The use of experts in training {word} (balance {number(level, 2)} at the end; 1 is perfectly even)."
-            f" On the domains' text the busiest expert of any layer gets {loads.max():.1f} times its even share,"
+    return (f"The use of experts in training {word} (balance {number(level, 2)} at the end; 1 is perfectly"
+            f" even). On the domains' text the busiest expert of any layer gets {loads.max():.1f} times its"
+            f" even share,"
             f" and {idle} of the {len(loads)} domain-layer-expert cells get less than a tenth of it.")
 
 
@@ -178,7 +184,8 @@ def shifts_of(routing: Routing, domain: str) -> dict[int, np.ndarray]:
     found = {}
     for layer, row in enumerate(routing.shares[domain]):
         if row is not None:
-            found[layer] = row - np.mean([rows[layer] for rows in routing.shares.values()], axis=0)
+            every = [other for rows in routing.shares.values() if (other := rows[layer]) is not None]
+            found[layer] = row - np.mean(every, axis=0)
     return found
 
 
@@ -223,9 +230,9 @@ def specialisation_notes(found: Specialisation, num_domains: int) -> str:
     domain, layer, expert, here, usual = found.largest
     text = (
         f"Seeing which expert one choice went to gives away {found.mean:.3f} bits, {part:.1%} of the"
-        f" {found.most:.2f} bits it takes to name one of {num_domains} domains: {word}. Layer {peak} tells the"
-        f" domains apart best ({found.bits[peak]:.3f} bits). Counting on so few tokens would give about"
-        f" {found.noise:.4f} bits by chance alone, more if neighbouring tokens route alike."
+        f" {found.most:.2f} bits it takes to name one of {num_domains} domains: {word}. Layer {peak} tells"
+        f" the domains apart best ({found.bits[peak]:.3f} bits). Counted on the held-out tokens, chance alone"
+        f" would give about {found.noise:.4f} bits, more if neighbouring tokens route alike."
         f" The largest single shift: expert {expert} of layer {layer} takes {here:.0%} of the choices on"
         f" {domain}, against {usual:.0%} on the average domain."
     )
@@ -235,30 +242,31 @@ def specialisation_notes(found: Specialisation, num_domains: int) -> str:
 
 
 def caveats(results: Results) -> list[str]:
-    """What keeps the verdict from being more than it is."""
+    """What keeps the verdict from being more than it is, the weightiest first."""
     dense, pesc, base = results.model(DENSE), results.model(PESC), results.model(BASE)
-    rows = results.held_out_rows
-    held = listed([f"{rows[d]:,} rows ({results.held_out_tokens[d]:,} tokens) of {d}" for d in results.domains])
-    found = [
-        f"One run of each model, one seed ({results.setup['seed']}). Another seed may move any difference by more"
-        " than its standard error, which covers only the choice of held-out rows.",
-        f"Held out: {held}." + (
-            " With so few rows the standard error is itself rough." if min(rows.values()) < 30 else ""),
-        f"A difference counts as clear from {CLEAR:g} standard errors on. By chance alone one comparison in"
-        f" twenty passes that, and there are {len(results.domains)} of them here.",
-        f"Training saw {results.setup['tokens']:,} tokens in {results.setup['steps']:,} steps. What holds at this"
-        " budget need not hold at another.",
-        "Loss on reference answers is what was measured. It is not a score on a task, and the answers shown are"
-        " examples, not a sample to count from.",
-    ]
-    if base.total < 1_000_000_000:
-        found.insert(1, f"A small model ({millions(base.total)} parameters): a test of the method's workings,"
-                        " not of its worth at scale.")
+    rows, tokens, setup = results.held_out_rows, results.held_out_tokens, results.setup
+    held = listed([f"{rows[d]:,} rows ({tokens[d]:,} tokens) of {d}" for d in results.domains])
+    found = []
     if dense.trained and pesc.trained > 1.1 * dense.trained:
-        found.insert(2, f"Not a control of equal size: PESC trains {_more(pesc, dense)} than dense + LoRA, so a"
-                        " lower loss may come from more weights and not from their being sparse.")
+        found.append(
+            f"Not a control of equal size: PESC trains {millions(pesc.trained - dense.trained)} more"
+            " parameters than dense + LoRA, so a lower loss may come from more weights and not from their"
+            " being sparse.")
+    found.append(
+        f"One run of each model, one seed ({setup['seed']}). Another seed may move any difference by more"
+        " than its standard error, which covers only the choice of held-out rows.")
+    if base.total < 1_000_000_000:
+        found.append(f"A small model ({millions(base.total)} parameters): this tests the workings of the"
+                     " method, not its worth at scale.")
+    found.append(f"Held out: {held}." + (
+        " With so few rows the standard error is itself rough." if min(rows.values()) < 30 else ""))
+    found.append(
+        f"A difference counts as clear from {CLEAR:g} standard errors on. Chance alone lifts about one"
+        f" comparison in twenty over that; here there {'are' if len(rows) > 1 else 'is'} {len(rows)}.")
+    found.append(
+        f"Training saw {setup['tokens']:,} tokens in {setup['steps']:,} steps. What holds at this budget need"
+        " not hold at another.")
+    found.append(
+        "What was measured is the loss on reference answers, not a score on a task. The answers shown are"
+        " examples, too few to count from.")
     return found
-
-
-def _more(pesc: Model, dense: Model) -> str:
-    return f"{millions(pesc.trained - dense.trained)} more parameters"

@@ -31,7 +31,8 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
     environment.filters.update(number=findings.number, signed=findings.signed, millions=findings.millions)
     template = resources.files("pesc.observe").joinpath("report.html.j2").read_text(encoding="utf-8")
     comparisons = findings.compare(run.results)
@@ -94,12 +95,12 @@ def _answers(run: Run) -> list[dict[str, Any]]:
 
 def _curves(run: Run) -> dict[str, Any]:
     least = sum(run.routing.num_experts_per_tok[layer] for layer in run.routing.sparse_layers)
-    tokens = run.pesc["tokens"]
+    tokens, aux = run.pesc["tokens"], run.pesc["aux_loss"] / least
     return {
         "loss_curves": charts.loss_chart([(DENSE, "dense", run.dense["tokens"], run.dense["loss"]),
                                           (PESC, "pesc", tokens, run.pesc["loss"])]),
         "balance_curve": charts.line_chart("balance", "balance", tokens, run.pesc["balance"], 1.0),
-        "aux_curve": charts.line_chart("aux", "balance loss / balanced", tokens, run.pesc["aux_loss"] / least, 1.0),
+        "aux_curve": charts.line_chart("aux", "balance loss / even", tokens, aux, 1.0),
         "curve_notes": findings.curve_notes(run),
         "balance_notes": findings.balance_notes(run.pesc, run.routing),
         "speeds": [(name, float(np.nanmedian(metrics["tokens_per_second"])))
@@ -132,7 +133,8 @@ def _differing(run: Run) -> dict[str, Any]:
     """Where the domains part; nothing to show with one domain."""
     routing = run.routing
     if len(routing.shares) < 2:
-        return {"shift_maps": [], "shift_scale": [], "divergence": None, "divergence_notes": ""}
+        return {"shift_maps": [], "shift_scale": [], "divergence": None, "divergence_most": 0.0,
+                "divergence_notes": ""}
     found = findings.specialisation(routing, run.results.held_out_tokens)
     shifts = {domain: findings.shifts_of(routing, domain) for domain in routing.shares}
     spread = np.abs(np.concatenate([row for rows in shifts.values() for row in rows.values()]))
@@ -143,5 +145,6 @@ def _differing(run: Run) -> dict[str, Any]:
                        for index, (domain, rows) in enumerate(shifts.items())],
         "shift_scale": [f"\u2264 \u2212{points}", "average", f"\u2265 +{points}"],
         "divergence": charts.bar_chart("divergence", found.bits, routing.num_layers, found.noise, "bits"),
+        "divergence_most": found.most,
         "divergence_notes": findings.specialisation_notes(found, len(routing.shares)),
     }

@@ -1,0 +1,235 @@
+"""The adapter folder: LoRA and experts of a tuned model in one small folder, without its base.
+
+    adapter.safetensors   every LoRA, router and expert tensor, once, under the name it has in the model
+    adapter.json          the base by name and hash, the method's settings, the LoRA's settings
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from pesc.config import PescConfig
+from pesc.crafting.checkpoint import new_folder, read_weight_map
+from pesc.crafting.craft import craft
+from pesc.crafting.dense import load_model, read_json, resolve
+from pesc.crafting.surgery import crafted_ffns, expert_parameters
+
+ADAPTER_JSON = "adapter.json"
+ADAPTER_WEIGHTS = "adapter.safetensors"
+_LORA_NAME = "default"
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
+    """Give a model LoRA and say what trains: LoRA, routers and experts; all else is frozen.
+
+    Args:
+        model: dense or crafted; changed in place.
+        lora: peft's settings.
+
+    Returns:
+        The same model.
+    """
+    model.add_adapter(lora, adapter_name=_LORA_NAME)
+    train_experts(model)
+    return model
+
+
+def train_experts(model: PreTrainedModel) -> None:
+    """Let routers and experts train, and beside them only what LoRA added."""
+    trained = adapter_tensors(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def adapter_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What an adapter folder holds of a model: LoRA, router and expert parameters by name."""
+    return expert_parameters(model) | _lora_parameters(model)
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> Path:
+    """Write a model's adapter folder.
+
+    Args:
+        model: tuned, with LoRA, experts or both; `config.name_or_path` names its base.
+        folder: must not exist yet.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        FileExistsError: when `folder` is there already.
+        ValueError: when the model has neither LoRA nor experts.
+    """
+    tensors = {name: p.detach().contiguous() for name, p in adapter_tensors(model).items()}
+    if not tensors:
+        raise ValueError(f"{type(model).__name__} has neither LoRA nor experts: there is no adapter to save")
+    lora = getattr(model, "peft_config", {}).get(_LORA_NAME)
+    base = model.config.name_or_path
+    settings = {
+        "base_model": base,
+        "base_sha256": weights_hash(resolve(base)),
+        "pesc": model.config.method.to_dict() if crafted_ffns(model) else None,
+        "lora": _lora_settings(lora) if lora is not None else None,
+    }
+    with new_folder(folder) as partial:
+        save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
+        (partial / ADAPTER_JSON).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+    """Load any model of this package with one call.
+
+    Args:
+        path: a run's folder, an adapter folder (its base is loaded and crafted first), a crafted or dense model's
+            folder, a hub id, or the embedded default's name.
+        dtype: of the base and the experts; "auto" for the base checkpoint's own.
+        kwargs: passed to transformers' `from_pretrained` for the base.
+
+    Returns:
+        The model in eval mode. LoRA stays apart: `fold` merges it.
+
+    Raises:
+        FileNotFoundError: when the path or the base is not there.
+        ValueError: when the base is not the one the adapter was trained on, or tensors are missing, unknown or
+            misshapen; all of them are listed.
+    """
+    folder = find_adapter(path)
+    if folder is None:
+        return load_model(path, dtype=dtype, **kwargs)
+    settings = read_json(folder / ADAPTER_JSON)
+    base = settings["base_model"]
+    found = weights_hash(resolve(base))
+    if found != settings["base_sha256"]:
+        raise ValueError(
+            f"{folder} was trained on {base} with weights of sha256 {settings['base_sha256'][:12]}…, but {base} now has "
+            f"{found[:12]}…: it needs the weights it was trained on"
+        )
+    model = load_model(base, dtype=dtype, **kwargs)
+    if settings["pesc"] and not crafted_ffns(model):
+        craft(model, PescConfig.from_dict(settings["pesc"]))
+    if settings["lora"]:
+        add_lora(model, LoraConfig(**settings["lora"]))
+    load_adapter_weights(model, folder)
+    return model.eval()
+
+
+def find_adapter(path: str | Path) -> Path | None:
+    """The adapter folder that a path means: itself, or the `adapter` folder of a run; None where it is neither."""
+    for folder in (Path(path).expanduser(), Path(path).expanduser() / "adapter"):
+        if (folder / ADAPTER_JSON).is_file():
+            return folder
+    return None
+
+
+def base_of(path: str | Path) -> str:
+    """The name of the model that holds a path's tokenizer and dense weights: an adapter's base, or the path itself."""
+    folder = find_adapter(path)
+    return str(path) if folder is None else read_json(folder / ADAPTER_JSON)["base_model"]
+
+
+def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Read an adapter folder's tensors into a model that already has LoRA and experts, strictly.
+
+    Raises:
+        ValueError: listing every missing, unexpected and misshapen tensor.
+    """
+    expected, found = adapter_tensors(model), read_tensors(folder / ADAPTER_WEIGHTS)
+    lines = [f"  missing: {name}" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"  unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"  wrong shape: {name} is {list(found[name].shape)} in the file, {list(expected[name].shape)} in the model"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    if lines:
+        raise ValueError(f"{folder} does not fit its base and settings:\n" + "\n".join(lines))
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(found[name])
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: when it is not there.
+        ValueError: when it is damaged or cut short.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}: the folder is not whole")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error})") from error
+
+
+def fold(model: PreTrainedModel) -> PreTrainedModel:
+    """Merge LoRA into the dense weights, so that `save_pretrained` writes a standalone model.
+
+    Experts cannot be merged: which of them act differs from token to token.
+
+    Args:
+        model: changed in place; without LoRA it is returned as it is.
+
+    Returns:
+        The same model, computing the same.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)  # type: ignore[operator]
+            model.set_submodule(name, module.get_base_layer())  # type: ignore[operator]
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False
+        del model.peft_config
+    return model
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights: its safetensors files' bytes, in the order of their names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_weight_map` does.
+    """
+    files = sorted(set(read_weight_map(folder).values()))
+    stamps = tuple((str(folder / file), (folder / file).stat().st_mtime_ns) for file in files)
+    return _hash_files(stamps)
+
+
+@functools.lru_cache
+def _hash_files(stamps: tuple[tuple[str, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _ in stamps:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for key, parameter in module.named_parameters()
+        if not key.startswith("base_layer.")
+    }
+
+
+def _lora_settings(lora: LoraConfig) -> dict[str, Any]:
+    default = LoraConfig().to_dict()
+    changed = {key: value for key, value in lora.to_dict().items() if value != default.get(key)}
+    changed.pop("base_model_name_or_path", None)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}

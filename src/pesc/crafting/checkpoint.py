@@ -1,0 +1,163 @@
+"""Craft a checkpoint on disk: routers and adapters are written, dense weights are linked, never loaded."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from pesc.config import PescConfig
+from pesc.crafting.dense import load_config, resolve
+from pesc.crafting.model_config import crafted_config
+from pesc.crafting.surgery import new_expert_tensors, refuse_moe
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+EXPERTS_SHARD = "model-experts.safetensors"
+# transformers prefers a file of the name SINGLE to an index, so the one dense file of a small model is renamed.
+DENSE_SHARD = "model-dense.safetensors"
+
+
+def craft_checkpoint(model: str | Path, out: Path, config: PescConfig) -> Path:
+    """Write the crafted model of a dense checkpoint.
+
+    Peak memory is that of the new weights; time is that of writing them.
+
+    Args:
+        model: see `pesc.crafting.dense.resolve`; safetensors only.
+        out: a folder that does not exist yet.
+        config: the method's settings.
+
+    Returns:
+        `out`. Dense files are hard links to the originals, copies where the file system cannot link.
+
+    Raises:
+        FileExistsError: when `out` is there already.
+        FileNotFoundError, ValueError: for a model that is not there, not dense, or not whole.
+    """
+    source = resolve(model)
+    dense_config = load_config(model)
+    refuse_moe(dense_config)
+    weight_map = read_weight_map(source)
+    new_config = crafted_config(dense_config, config)
+    dtype = _dtype_of(source, weight_map)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(new_config, dtype=dtype)
+    experts = new_expert_tensors(skeleton)
+    _check_dense_weights(skeleton, weight_map, set(experts), source)
+    with new_folder(out) as folder:
+        renamed = {SINGLE: DENSE_SHARD}
+        for file in sorted(source.iterdir()):
+            if file.is_file() and _belongs(file.name, weight_map):
+                _link(file, folder / renamed.get(file.name, file.name))
+        save_file(experts, folder / EXPERTS_SHARD, {"format": "pt"})
+        new_map = {name: renamed.get(file, file) for name, file in weight_map.items()}
+        new_map |= dict.fromkeys(experts, EXPERTS_SHARD)
+        size = sum((folder / file).stat().st_size for file in set(new_map.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(new_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        skeleton.config.architectures = [type(skeleton).__name__]
+        skeleton.config.save_pretrained(folder)
+    return out
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Which file of a checkpoint holds each tensor.
+
+    Raises:
+        FileNotFoundError: when there are no safetensors files, or the index names one that is missing.
+        ValueError: when a file is damaged.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{folder / INDEX} is no index of a checkpoint ({error}): download it again") from error
+    elif (folder / SINGLE).is_file():
+        weight_map = dict.fromkeys(tensor_names(folder / SINGLE), SINGLE)
+    else:
+        pickled = " (.bin files are pickles: save the model again as safetensors)" if list(folder.glob("*.bin")) else ""
+        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}{pickled}")
+    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download them again")
+    return weight_map
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file.
+
+    Raises:
+        ValueError: when the file is damaged or cut short.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` only when the block succeeds.
+
+    Raises:
+        FileExistsError: when `out` is there already.
+        OSError: when the disk is full, saying so; what was written is removed.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: choose another folder, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(errno.ENOSPC, f"the disk is full: {out} was not written; free some space", str(out)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_dense_weights(skeleton: Any, weight_map: dict[str, str], new: set[str], source: Path) -> None:
+    tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
+    expected = {name for name, _ in skeleton.named_parameters()} - new
+    lines = [f"  missing: {name}" for name in sorted(expected - set(weight_map) - tied)]
+    lines += [f"  taken by an expert's name: {name}" for name in sorted(new & set(weight_map))]
+    if lines:
+        raise ValueError(f"{source} does not hold the dense model that its config describes:\n" + "\n".join(lines))
+
+
+def _dtype_of(source: Path, weight_map: dict[str, str]) -> torch.dtype:
+    name, file = next(iter(weight_map.items()))
+    with safe_open(source / file, "pt") as tensors:
+        dtype = tensors.get_tensor(name).dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"{source} holds quantized weights ({name} is {dtype}): craft the unquantized model")
+    return dtype
+
+
+def _belongs(name: str, weight_map: dict[str, str]) -> bool:
+    if name.endswith(".safetensors"):
+        return name in weight_map.values()
+    return name not in (INDEX, "config.json") and not name.endswith((".bin", ".pt", ".pth", ".gguf"))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

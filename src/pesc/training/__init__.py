@@ -1,0 +1,1 @@
+"""Tuning: recipe, data, trainer, progress."""

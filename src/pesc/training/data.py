@@ -1,0 +1,142 @@
+"""Instruction data: rows of messages, and the tokens that are learnt from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of a token that is not learnt."""
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass
+class Encoded:
+    """Tokenized rows, and what became of those that did not fit."""
+
+    rows: list[dict[str, list[int]]]
+    """`input_ids` and `labels` of each row; every assistant turn is labelled, all else is `IGNORED`."""
+    cut: int
+    """Rows cut to the maximal length."""
+    dropped: int
+    """Rows without a token to learn from within the maximal length."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file of conversations.
+
+    Each line is an object with `messages`, a list of objects with `role` (system, user, assistant, tool) and
+    `content`; at least one message is the assistant's. Other keys are kept.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for an empty file, or listing the first faulty lines with what is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such data file")
+    rows, faults = [], []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            row, fault = _parse(line)
+            rows.append(row)
+            if fault:
+                faults.append(f"  line {number}: {fault}")
+    if not rows:
+        raise ValueError(f"{path} is empty: it must hold a JSON object with messages on each line")
+    if faults:
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"{path}: {len(faults)} of {len(rows)} rows are no conversations:\n" + "\n".join(faults[:5]) + more)
+    return rows
+
+
+def encode_rows(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenize conversations with the tokenizer's chat template.
+
+    Args:
+        rows: as `read_rows` gives them.
+        tokenizer: a fast tokenizer with a chat template.
+        max_length: tokens of a row; what lies behind is cut off.
+
+    Raises:
+        ValueError: when the tokenizer has no chat template, or one that rewrites earlier turns.
+    """
+    encoded = Encoded([], 0, 0)
+    for row in rows:
+        input_ids, labels = encode_messages(row["messages"], tokenizer)
+        encoded.cut += len(input_ids) > max_length
+        input_ids, labels = input_ids[:max_length], labels[:max_length]
+        if all(label == IGNORED for label in labels[1:]):
+            encoded.dropped += 1
+        else:
+            encoded.rows.append({"input_ids": input_ids, "labels": labels})
+    return encoded
+
+
+def encode_messages(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Tokens of one conversation and their labels.
+
+    The conversation is rendered up to and with each assistant turn; what that turn adds is what is learnt, its
+    end-of-turn token included. Works with any template that only appends.
+
+    Returns:
+        (input_ids, labels), of equal length.
+    """
+    text = render(messages, tokenizer)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = render(messages[:index], tokenizer, add_generation_prompt=True) if index else ""
+            end = render(messages[: index + 1], tokenizer)
+            if not (text.startswith(start) and text.startswith(end.rstrip())):
+                raise ValueError(
+                    "the tokenizer's chat template rewrites earlier turns when later ones follow, so the assistant's "
+                    "turns cannot be told apart: use a template that only appends"
+                )
+            spans.append((len(start), len(end.rstrip())))
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(start <= first < end for start, end in spans) else IGNORED
+        for token, (first, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    ]
+    return list(tokens["input_ids"]), labels
+
+
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
+    """A conversation as text, by the tokenizer's chat template.
+
+    Raises:
+        ValueError: when there is no template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: put a chat_template.jinja into the "
+            "model's folder"
+        )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+
+
+def _parse(line: str) -> tuple[dict[str, Any], str | None]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return {}, f"no JSON ({error})"
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        return {}, 'no list of "messages"'
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            return {}, f"a message's role must be one of {', '.join(_ROLES)}"
+        if not isinstance(message.get("content"), str):
+            return {}, "a message's content must be text"
+    if not any(message["role"] == "assistant" for message in messages):
+        return {}, "no message of the assistant, so nothing to learn"
+    return row, None

@@ -1,0 +1,181 @@
+"""Train by a recipe: load, craft, tune, save; and go on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig
+
+from pesc.crafting.adapter import add_lora, save_adapter, train_experts
+from pesc.crafting.craft import craft
+from pesc.crafting.dense import load_model, load_tokenizer
+from pesc.crafting.surgery import crafted_ffns
+from pesc.training.data import encode_rows, read_rows
+from pesc.training.progress import METRICS, MetricsWriter
+from pesc.training.recipe import Recipe
+from pesc.training.trainer import PescTrainer
+
+RECIPE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+def train(recipe: Recipe, console: Console | None = None, label: str = "train") -> Path:
+    """Run a recipe, or the rest of it if it was interrupted.
+
+    The run's folder gets recipe.yaml, metrics.jsonl, checkpoints/ while it runs, and adapter/ at its end.
+
+    Args:
+        recipe: the run.
+        console: where progress is shown.
+        label: what the progress bar is called.
+
+    Returns:
+        The adapter's folder. A run that is complete already is left as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: for a model or data that is not there or not whole, and for an output folder
+            that holds a run of another recipe.
+    """
+    console = console or Console()
+    adapter = recipe.output / "adapter"
+    _claim_output(recipe)
+    if adapter.exists():
+        console.print(f"{recipe.output} holds this run, complete: nothing to do")
+        return adapter
+    rows = read_rows(recipe.train_data)
+    tokenizer = load_tokenizer(recipe.model)
+    encoded = encode_rows(rows, tokenizer, recipe.max_length)
+    if encoded.cut or encoded.dropped:
+        console.print(
+            f"{encoded.cut} of {len(rows)} rows were cut to {recipe.max_length} tokens; {encoded.dropped} dropped, "
+            "which had nothing to learn within that length"
+        )
+    if not encoded.rows:
+        raise ValueError(f"{recipe.train_data} has no row with anything to learn within {recipe.max_length} tokens")
+    writer = MetricsWriter(recipe.output / METRICS, console, label)
+    with _quiet_libraries():
+        trainer = PescTrainer(
+            build_model(recipe),
+            args=_arguments(recipe),
+            train_dataset=Dataset.from_list(encoded.rows),
+            processing_class=tokenizer,
+            callbacks=[writer],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(recipe.output))
+        finally:
+            writer.stop()
+    return save_adapter(trainer.model, adapter)
+
+
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """The model of a recipe as it starts to train: crafted, with LoRA, all else frozen."""
+    set_seed(recipe.seed)
+    model = load_model(recipe.model, dtype=recipe.dtype)
+    if recipe.method is not None and not crafted_ffns(model):
+        craft(model, recipe.method)
+    if recipe.lora is None:
+        train_experts(model)
+    else:
+        add_lora(
+            model,
+            LoraConfig(
+                r=recipe.lora.r,
+                lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]
+                lora_dropout=recipe.lora.dropout,
+                target_modules=recipe.lora.target_modules,
+            ),
+        )
+    return model
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest complete checkpoint of a run; None when there is none."""
+    found = [
+        folder
+        for folder in (output / CHECKPOINTS).glob("checkpoint-*")
+        # The trainer writes this file last.
+        if (folder / "trainer_state.json").is_file()
+    ]
+    return str(max(found, key=lambda folder: int(folder.name.split("-")[-1]))) if found else None
+
+
+def _claim_output(recipe: Recipe) -> None:
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    path = recipe.output / RECIPE
+    wanted = recipe.to_dict()
+    if path.is_file():
+        there = yaml.safe_load(path.read_text()) or {}
+        changed = [
+            f"{key}: {there.get(key)} there, {wanted.get(key)} asked for"
+            for key in sorted(there.keys() | wanted.keys())
+            if there.get(key) != wanted.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{recipe.output} holds a run of another recipe ({'; '.join(changed)}): choose another output, or "
+                "remove that folder"
+            )
+    recipe.save(path)
+
+
+def _arguments(recipe: Recipe) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(recipe.output / CHECKPOINTS),
+        max_length=recipe.max_length,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        # Rows of like length together: padding is arithmetic for nothing.
+        train_sampling_strategy="group_by_length",
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=recipe.warmup_ratio,
+        max_grad_norm=recipe.max_grad_norm,
+        weight_decay=0.0,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        # The weights have the recipe's dtype themselves; nothing is cast on the way.
+        bf16=False,
+        fp16=False,
+        logging_steps=1,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+    )
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    # Their loading bars and notices would tear the progress bar apart; errors still show.
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    trl_logger = logging.getLogger("trl")
+    level = trl_logger.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    trl_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        trl_logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+

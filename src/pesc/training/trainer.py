@@ -1,0 +1,78 @@
+"""trl's SFTTrainer for crafted models: the router's losses per layer, and adapter folders as checkpoints."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from pesc.crafting.adapter import load_adapter_weights, save_adapter
+from pesc.crafting.surgery import crafted_ffns
+from pesc.method.losses import token_mask
+from pesc.method.router import record_router_logits
+from pesc.observe.routing import balance, expert_counts
+
+
+class PescTrainer(SFTTrainer):
+    """Trains crafted models, and dense ones with LoRA, the same way.
+
+    trl's own auxiliary loss merges the tokens of all layers into one; this one keeps eq. 10 per layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        self.aux_loss_enabled = False
+        if crafted_ffns(model):
+            model.config.output_router_logits = False
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The language-model loss of trl and, in training, the router's losses, averaged over micro-batches."""
+        with record_router_logits(model) as router_logits:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not router_logits or not self.model.training:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        crafted = self.accelerator.unwrap_model(model)
+        attention_mask = inputs.get("attention_mask")
+        aux_loss, weighted = crafted.router_loss(router_logits, attention_mask)
+        self._record(aux_loss, weighted, router_logits, attention_mask)
+        # With num_items_in_batch the trainer adds micro-batches up instead of averaging them.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        loss = loss + weighted.to(loss.device) / steps
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record(
+        self,
+        aux_loss: torch.Tensor,
+        weighted: torch.Tensor,
+        router_logits: list[torch.Tensor],
+        attention_mask: torch.Tensor | None,
+    ) -> None:
+        mask = token_mask(attention_mask, router_logits[0].shape[0])
+        ffns = crafted_ffns(self.model)
+        counts = [
+            expert_counts(logits, ffn.router.num_experts_per_tok, mask)
+            for logits, (_, ffn) in zip(router_logits, ffns, strict=True)
+        ]
+        metrics = self._metrics["train"]
+        metrics["aux_loss"].append(aux_loss.item())
+        metrics["router_loss"].append(weighted.item())
+        metrics["balance"].append(balance(counts))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter folder: neither the base, nor anything pickled."""
+        save_adapter(self.model, Path(output_dir or self.args.output_dir) / "adapter")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_weights(model or self.model, Path(os.fspath(resume_from_checkpoint)) / "adapter")
