@@ -37,7 +37,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "cohere2": ("Cohere2", _SLIDING),
 }
 # Never named in the package: the surgery must find their FFNs by structure too.
-UNTRIED: dict[str, tuple[str, dict]] = {"stablelm": ("StableLm", {}), "glm": ("Glm", _HEAD), "gpt2": ("GPT2", {})}
+UNTRIED: dict[str, tuple[str, dict]] = {
+    "stablelm": ("StableLm", {}),
+    "glm": ("Glm", _HEAD),
+    "gpt2": ("GPT2", {}),
+}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

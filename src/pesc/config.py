@@ -112,7 +112,9 @@ class PescConfig:
             return problems
         experts, chosen = _as_list(self.num_experts), _as_list(self.num_experts_per_tok)
         if len(experts) > 1 and len(chosen) > 1 and len(experts) != len(chosen):
-            return [f"num_experts and num_experts_per_tok list {len(experts)} and {len(chosen)} values: must be as many"]
+            return [
+                f"num_experts and num_experts_per_tok list {len(experts)} and {len(chosen)} values: must be as many"
+            ]
         width = max(len(experts), len(chosen))
         pairs = zip(experts * (width // len(experts)), chosen * (width // len(chosen)), strict=False)
         if any(k > e for e, k in pairs):

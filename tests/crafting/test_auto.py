@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, disturb, tiny_model, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families import FAMILIES, disturb, tiny_model, tokens
 from pesc import PescConfig, craft
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 SMALL = {"num_experts": 4, "adapter_dim": 8}
 
 
-def crafted_model(family: str = "llama", dtype: torch.dtype = torch.float32, **settings):  # noqa: ANN201
+def crafted_model(family: str = "llama", dtype: torch.dtype = torch.float32, **settings):
     return disturb(craft(tiny_model(family, dtype), PescConfig(**(SMALL | settings)))).eval()
 
 
@@ -125,7 +125,9 @@ def test_dtype_and_device_map(tmp_path: Path) -> None:
 def test_generation_with_a_cache_equals_the_full_forward(family: str) -> None:
     model = crafted_model(family)
     prompt = tokens(length=6)
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
     full = model(out).logits
     assert torch.equal(out[:, 6:], full[:, 5:-1].argmax(-1))
 
@@ -164,7 +166,7 @@ def test_training_loss_includes_the_router_losses() -> None:
     assert all(p.grad.abs().max() > 0 for name, p in expert_parameters(model).items() if "router" in name)
 
 
-def _gradients(model) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def _gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import transformers
-from families import FAMILIES, UNTRIED, disturb, tiny_model, tokens
 
+from families import FAMILIES, UNTRIED, disturb, tiny_model, tokens
 from pesc import PescConfig, craft
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
@@ -51,7 +51,10 @@ def test_layers_and_values_per_layer() -> None:
     config = PescConfig(num_experts=[4, 6], num_experts_per_tok=[1, 2], adapter_dim=[8, 16], layers=[0, 2])
     crafted = craft(tiny_model("llama"), config)
     assert [name for name, _ in crafted_ffns(crafted)] == ["model.layers.0.mlp", "model.layers.2.mlp"]
-    assert [tuple(ffn.experts.down_proj.shape) for _, ffn in crafted_ffns(crafted)] == [(4, 32, 8), (6, 32, 16)]
+    assert [tuple(ffn.experts.down_proj.shape) for _, ffn in crafted_ffns(crafted)] == [
+        (4, 32, 8),
+        (6, 32, 16),
+    ]
 
 
 @pytest.mark.parametrize("placement", ["sequential", "parallel"])
@@ -59,7 +62,9 @@ def test_layers_and_values_per_layer() -> None:
 def test_crafted_ffn_computes_equation_7(family: str, placement: str) -> None:
     """sum_i R_i (h + s a_i(.)) with a copy of h for each expert, as the paper writes it, gives the same."""
     dense = tiny_model(family)
-    crafted = disturb(craft(copy.deepcopy(dense), PescConfig(**SMALL, adapter_placement=placement, adapter_scaling=0.25)))
+    crafted = disturb(
+        craft(copy.deepcopy(dense), PescConfig(**SMALL, adapter_placement=placement, adapter_scaling=0.25))
+    )
     name, ffn = crafted_ffns(crafted)[1]
     x_TD = torch.randn(9, 32)
     h_TD = dense.get_submodule(name)(x_TD)
@@ -93,7 +98,12 @@ def test_moe_models_are_refused() -> None:
 
 def test_a_family_without_ffn_modules_is_refused_with_what_was_found() -> None:
     config = transformers.OPTConfig(
-        vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+        vocab_size=96,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
     )
     with pytest.raises(ValueError, match=r"looked in model.decoder.layers.0 .*Found: self_attn .*fc1"):
         craft(transformers.OPTForCausalLM(config))

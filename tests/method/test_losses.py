@@ -62,7 +62,7 @@ def test_gradient_reaches_the_router() -> None:
 
 
 @pytest.mark.parametrize("loss", [lambda **k: balance_loss(num_experts_per_tok=2, **k), z_loss])
-def test_padding_changes_nothing(loss) -> None:  # noqa: ANN001
+def test_padding_changes_nothing(loss) -> None:
     logits = torch.randn(T, E)
     padded = torch.cat([logits, torch.randn(13, E) * 9])
     mask = torch.cat([torch.ones(T), torch.zeros(13)])

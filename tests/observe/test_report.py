@@ -22,13 +22,21 @@ def metrics(steps: int, seed: int, sparse: bool, layers: int) -> list[dict[str, 
     rng = np.random.default_rng(seed)
     lines = []
     for step in range(1, steps + 1):
-        line = {"step": step, "loss": 1.15 + math.exp(-step / 18) + 0.08 * rng.standard_normal(),
-                "learning_rate": 2e-4, "grad_norm": 1.2, "tokens": 512 * step,
-                "tokens_per_second": 190 + 5 * rng.standard_normal(), "elapsed": 2.7 * step}
+        line = {
+            "step": step,
+            "loss": 1.15 + math.exp(-step / 18) + 0.08 * rng.standard_normal(),
+            "learning_rate": 2e-4,
+            "grad_norm": 1.2,
+            "tokens": 512 * step,
+            "tokens_per_second": 190 + 5 * rng.standard_normal(),
+            "elapsed": 2.7 * step,
+        }
         if sparse:
             drift = 1 - math.exp(-step / 30)
-            line |= {"aux_loss": 2 * layers * (1.08 - 0.06 * drift + 0.004 * rng.standard_normal()),
-                     "balance": 0.955 + 0.03 * drift + 0.002 * rng.standard_normal()}
+            line |= {
+                "aux_loss": 2 * layers * (1.08 - 0.06 * drift + 0.004 * rng.standard_normal()),
+                "balance": 0.955 + 0.03 * drift + 0.002 * rng.standard_normal(),
+            }
         lines.append(line)
     return lines
 
@@ -53,36 +61,71 @@ def results(domains: list[str], means: list[float], error: float) -> dict[str, A
         "models": [
             {"name": "base", "loss": start, "parameters": sizes},
             {"name": "dense + LoRA", "loss": dense, "parameters": sizes | {"trained": 4_884_480}},
-            {"name": "PESC", "loss": pesc, "parameters": {"total": 152_350_848, "active": 139_107_648,
-                                                          "trained": 22_720_320}},
+            {
+                "name": "PESC",
+                "loss": pesc,
+                "parameters": {"total": 152_350_848, "active": 139_107_648, "trained": 22_720_320},
+            },
         ],
-        "held_out_tokens": {domain: 3012 for domain in domains},
-        "held_out_rows": {domain: 24 for domain in domains},
-        "setup": {"model": "smollm2-135m-instruct", "num_experts": 8, "num_experts_per_tok": 2,
-                  "adapter_dim": 64, "lora_r": 16, "steps": 100, "tokens": 51200, "seed": 0,
-                  "seconds": {"dense": 250.1, "pesc": 270.3}, "peak_memory_gb": {"dense": 1.9, "pesc": 2.2},
-                  "machine": "2 cores, x86_64, no accelerator"},
-        "data": {"sources": [{"domain": domain, "source": f"rows about {domain}", "licence": "Apache-2.0"}
-                             for domain in domains],
-                 "notes": ["Rows longer than 512 tokens were left out."]},
-        "uncertainty": {"PESC - dense + LoRA": {d: [m, error] for d, m in zip(domains, means, strict=True)},
-                        "PESC - base": {domain: [-0.25, 0.02] for domain in domains}},
+        "held_out_tokens": dict.fromkeys(domains, 3012),
+        "held_out_rows": dict.fromkeys(domains, 24),
+        "setup": {
+            "model": "smollm2-135m-instruct",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "adapter_dim": 64,
+            "lora_r": 16,
+            "steps": 100,
+            "tokens": 51200,
+            "seed": 0,
+            "seconds": {"dense": 250.1, "pesc": 270.3},
+            "peak_memory_gb": {"dense": 1.9, "pesc": 2.2},
+            "machine": "2 cores, x86_64, no accelerator",
+        },
+        "data": {
+            "sources": [
+                {"domain": domain, "source": f"rows about {domain}", "licence": "Apache-2.0"} for domain in domains
+            ],
+            "notes": ["Rows longer than 512 tokens were left out."],
+        },
+        "uncertainty": {
+            "PESC - dense + LoRA": {d: [m, error] for d, m in zip(domains, means, strict=True)},
+            "PESC - base": {domain: [-0.25, 0.02] for domain in domains},
+        },
     }
 
 
-def make_run(run: Path, means: list[float] | None = None, error: float = 0.006, domains: list[str] = DOMAINS,
-             layers: int = 4, experts: int = 8, steps: int = 30) -> Path:
+def make_run(
+    run: Path,
+    means: list[float] | None = None,
+    error: float = 0.006,
+    domains: list[str] = DOMAINS,
+    layers: int = 4,
+    experts: int = 8,
+    steps: int = 30,
+) -> Path:
     (run / "dense").mkdir(parents=True)
     for name, seed, sparse in (("metrics.jsonl", 1, True), ("dense/metrics.jsonl", 2, False)):
         text = "\n".join(json.dumps(line) for line in metrics(steps, seed, sparse, layers))
         (run / name).write_text(text + "\n")
     means = [-0.031, -0.044, -0.052] if means is None else means
-    answers = [{"domain": domain, "prompt": f"A question about {domain}?", "reference": "Forty-two.",
-                "base": "I do not know.", "dense": "42", "pesc": "It is 42."} for domain in domains]
+    answers = [
+        {
+            "domain": domain,
+            "prompt": f"A question about {domain}?",
+            "reference": "Forty-two.",
+            "base": "I do not know.",
+            "dense": "42",
+            "pesc": "It is 42.",
+        }
+        for domain in domains
+    ]
     for name, data in (
         ("results.json", results(domains, means, error)),
-        ("routing.json", {"num_experts": experts, "num_experts_per_tok": 2,
-                          "shares": shares(domains, layers, experts, 3)}),
+        (
+            "routing.json",
+            {"num_experts": experts, "num_experts_per_tok": 2, "shares": shares(domains, layers, experts, 3)},
+        ),
         ("answers.json", answers),
     ):
         (run / name).write_text(json.dumps(data))
@@ -107,16 +150,25 @@ def verdict(text: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize(("means", "expected"), [
-    ([-0.03, -0.04, -0.05], "Sparse wins: PESC beats dense + LoRA in all 3 domains."),
-    ([0.03, 0.04, 0.05], "Sparse loses: PESC is behind dense + LoRA in all 3 domains."),
-    ([-0.01, 0.0, 0.011], "No clear difference between PESC and dense + LoRA in all 3 domains."),
-    ([0.03, 0.001, -0.05], "A mixed result: PESC is better on math, worse on chat and not clearly different"
-                           " on code, against dense + LoRA."),
-    ([-0.03, 0.001, -0.05], "A partial result: PESC is better on chat and math and not clearly different on"
-                            " code, against dense + LoRA."),
-    ([math.nan] * 3, "No verdict: a held-out loss is not a finite number in all 3 domains."),
-])
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ([-0.03, -0.04, -0.05], "Sparse wins: PESC beats dense + LoRA in all 3 domains."),
+        ([0.03, 0.04, 0.05], "Sparse loses: PESC is behind dense + LoRA in all 3 domains."),
+        ([-0.01, 0.0, 0.011], "No clear difference between PESC and dense + LoRA in all 3 domains."),
+        (
+            [0.03, 0.001, -0.05],
+            "A mixed result: PESC is better on math, worse on chat and not clearly different"
+            " on code, against dense + LoRA.",
+        ),
+        (
+            [-0.03, 0.001, -0.05],
+            "A partial result: PESC is better on chat and math and not clearly different on"
+            " code, against dense + LoRA.",
+        ),
+        ([math.nan] * 3, "No verdict: a held-out loss is not a finite number in all 3 domains."),
+    ],
+)
 def test_the_verdict_follows_the_numbers(tmp_path: Path, means: list[float], expected: str) -> None:
     assert verdict(page(make_run(tmp_path / "run", means))) == expected
 
@@ -209,14 +261,18 @@ def test_what_is_not_finite_is_told_not_fatal(tmp_path: Path, value: str) -> Non
 
 def test_a_run_that_diverged_still_gets_its_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", means=[math.nan] * 3)
-    text = re.sub(r'("(?:loss|aux_loss|balance|tokens_per_second)"): [-\d.e]+', r"\1: NaN",
-                  (run / "metrics.jsonl").read_text())
+    text = re.sub(
+        r'("(?:loss|aux_loss|balance|tokens_per_second)"): [-\d.e]+',
+        r"\1: NaN",
+        (run / "metrics.jsonl").read_text(),
+    )
     (run / "metrics.jsonl").write_text(text)
     assert "not finite" in page(run)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "dense/metrics.jsonl", "results.json", "routing.json",
-                                  "answers.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "dense/metrics.jsonl", "results.json", "routing.json", "answers.json"]
+)
 def test_a_missing_or_broken_file_is_named(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "run")
     (run / name).write_text("{not json")
@@ -227,19 +283,30 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path, name: str) -> None:
         write_report(run)
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    ("results.json", lambda d: d.pop("uncertainty"), "uncertainty is missing"),
-    ("results.json", lambda d: d["uncertainty"].pop("PESC - dense + LoRA"), "no entry 'PESC - dense"),
-    ("results.json", lambda d: d["models"].pop(), "no entry named PESC"),
-    ("results.json", lambda d: d["setup"].pop("seed"), "setup.seed is missing"),
-    ("results.json", lambda d: d["models"][1]["loss"].pop("code"), r"\[dense \+ LoRA\].loss.code is missing"),
-    ("routing.json", lambda d: d["shares"].pop("math"), "shares.math is missing"),
-    ("routing.json", lambda d: d["shares"]["math"][2].pop(), r"shares.math\[2\] must be 8 numbers"),
-    ("routing.json", lambda d: d["shares"]["math"].pop(), "shares.math has 3 layers"),
-    ("routing.json", lambda d: d["shares"]["math"].__setitem__(0, [1.0] * 8), "sums to 8, not 1"),
-    ("routing.json", lambda d: d["shares"]["math"].__setitem__(0, None), "some domains and none in others"),
-    ("answers.json", lambda d: d[1].pop("dense"), r"\[1\].dense is missing"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("results.json", lambda d: d.pop("uncertainty"), "uncertainty is missing"),
+        ("results.json", lambda d: d["uncertainty"].pop("PESC - dense + LoRA"), "no entry 'PESC - dense"),
+        ("results.json", lambda d: d["models"].pop(), "no entry named PESC"),
+        ("results.json", lambda d: d["setup"].pop("seed"), "setup.seed is missing"),
+        (
+            "results.json",
+            lambda d: d["models"][1]["loss"].pop("code"),
+            r"\[dense \+ LoRA\].loss.code is missing",
+        ),
+        ("routing.json", lambda d: d["shares"].pop("math"), "shares.math is missing"),
+        ("routing.json", lambda d: d["shares"]["math"][2].pop(), r"shares.math\[2\] must be 8 numbers"),
+        ("routing.json", lambda d: d["shares"]["math"].pop(), "shares.math has 3 layers"),
+        ("routing.json", lambda d: d["shares"]["math"].__setitem__(0, [1.0] * 8), "sums to 8, not 1"),
+        (
+            "routing.json",
+            lambda d: d["shares"]["math"].__setitem__(0, None),
+            "some domains and none in others",
+        ),
+        ("answers.json", lambda d: d[1].pop("dense"), r"\[1\].dense is missing"),
+    ],
+)
 def test_a_malformed_file_says_what_is_wrong(tmp_path: Path, name: str, change: Edit, message: str) -> None:
     run = make_run(tmp_path / "run")
     edit(run, name, change)

@@ -1,7 +1,7 @@
 """The adapter folder: LoRA and experts of a tuned model in one small folder, without its base.
 
-    adapter.safetensors   every LoRA, router and expert tensor, once, under the name it has in the model
-    adapter.json          the base by name and hash, the method's settings, the LoRA's settings
+adapter.safetensors   every LoRA, router and expert tensor, once, under the name it has in the model
+adapter.json          the base by name and hash, the method's settings, the LoRA's settings
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     found = weights_hash(resolve(base))
     if found != settings["base_sha256"]:
         raise ValueError(
-            f"{folder} was trained on {base} with weights of sha256 {settings['base_sha256'][:12]}…, but {base} now has "
-            f"{found[:12]}…: it needs the weights it was trained on"
+            f"{folder} was trained on {base} with weights of sha256 {settings['base_sha256'][:12]}…, but {base} now "
+            f"has {found[:12]}…: it needs the weights it was trained on"
         )
     model = load_model(base, dtype=dtype, **kwargs)
     if settings["pesc"] and not crafted_ffns(model):
@@ -189,8 +189,8 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)  # type: ignore[operator]
-            model.set_submodule(name, module.get_base_layer())  # type: ignore[operator]
+            module.merge(safe_merge=True)
+            model.set_submodule(name, module.get_base_layer())
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
         del model.peft_config

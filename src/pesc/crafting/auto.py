@@ -20,6 +20,7 @@ from pesc.crafting.surgery import add_experts, crafted_ffns
 from pesc.method.losses import router_losses
 from pesc.method.router import record_router_logits
 
+
 class PescBackbone(PreTrainedModel):
     """Extends a dense backbone: its output carries `router_logits` when they are asked for."""
 
@@ -50,8 +51,12 @@ class PescForCausalLM(PreTrainedModel):
         config._experts_implementation = self.get_correct_experts_implementation(requested)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+    def from_pretrained(
+        cls,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As transformers' own, but strict: nothing is dropped, and nothing is made up, in silence.
 
@@ -154,13 +159,11 @@ def router_loss(
     """
     method = self.config.method
     top_k = [ffn.router.num_experts_per_tok for _, ffn in crafted_ffns(self)]
-    balance, z = router_losses(
-        router_logits=router_logits, num_experts_per_tok=top_k, attention_mask=attention_mask
-    )
+    balance, z = router_losses(router_logits=router_logits, num_experts_per_tok=top_k, attention_mask=attention_mask)
     return balance, method.router_aux_loss_coef * balance + method.router_z_loss_coef * z
 
 
-def _share_of_batch(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | float:
+def _share_of_batch(labels: Any, num_items: torch.Tensor | int | None) -> torch.Tensor | float:
     # The trainer accumulates gradients over micro-batches whose losses are sums divided by the items of all of them;
     # router losses are means, so each micro-batch must bring its own share for the shares to sum to 1.
     if num_items is None:
@@ -187,13 +190,14 @@ def loading_problems(info: Any) -> str:
 
 def extend_class(module: Any, mixin: type) -> None:
     """Put `mixin` in front of a module's class, in place."""
-    module.__class__ = extended(type(module), mixin)
+    dense: Any = type(module)
+    module.__class__ = extended(dense, mixin)
 
 
 @functools.cache
-def extended(dense: type, mixin: type) -> type:
+def extended(dense: Any, mixin: Any) -> type:
     """The class of `mixin` in front of a dense class; one for each pair."""
     namespace: dict[str, Any] = {"__module__": __name__}
     if mixin is PescForCausalLM:
-        namespace |= {"forward": crafted_forward(dense.forward), "router_loss": router_loss}  # type: ignore[attr-defined]
+        namespace |= {"forward": crafted_forward(dense.forward), "router_loss": router_loss}
     return type(mixin.__name__, (mixin, dense), namespace)

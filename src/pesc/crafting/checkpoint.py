@@ -126,7 +126,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial.replace(out)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, f"the disk is full: {out} was not written; free some space", str(out)) from error
+            raise OSError(
+                errno.ENOSPC, f"the disk is full: {out} was not written; free some space", str(out)
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -29,7 +29,8 @@ def craft(dense_model: PreTrainedModel, config: PescConfig | None = None) -> Pre
     refuse_moe(dense_model.config)
     if type(dense_model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(dense_model.config), None):
         raise ValueError(
-            f"craft needs a causal LM of transformers, such as AutoModelForCausalLM loads; got {type(dense_model).__name__}"
+            "craft needs a causal LM of transformers, such as AutoModelForCausalLM loads; got "
+            f"{type(dense_model).__name__}"
         )
     dense_config = dense_model.config
     add_experts(dense_model, config)

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pesc.crafting.embedded import EMBEDDED, embedded_folder
 
@@ -44,7 +50,9 @@ def _download(model: str) -> Path:
         raise FileNotFoundError(f"{model}: no such folder, and no valid hub id; {way_out}") from error
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"{model}: no such folder, and the hub did not provide it ({reason}); {way_out}") from error
+        raise FileNotFoundError(
+            f"{model}: no such folder, and the hub did not provide it ({reason}); {way_out}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def new_expert_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     Returns:
         CPU tensors by parameter name, in the parameters' dtype.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, ffn in crafted_ffns(model):
         for part in ("router", "experts"):
             module = ffn.get_submodule(part).to_empty(device="cpu")

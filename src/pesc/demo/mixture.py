@@ -119,9 +119,7 @@ def build_mixture(
     return MixtureInfo(
         train=paths["train"],
         held_out=paths["held_out"],
-        counts={
-            split: {d: sum(r["domain"] == d for r in rows) for d in DOMAINS} for split, rows in splits.items()
-        },
+        counts={split: {d: sum(r["domain"] == d for r in rows) for d in DOMAINS} for split, rows in splits.items()},
         available=available,
         contaminated_templates=math.contaminated,
         contaminated_rows=math.contaminated_rows,
@@ -156,9 +154,7 @@ def contaminated_templates(
     found = {}
     for template, questions in instances.items():
         overlaps = (
-            (name, _overlap(grams, other))
-            for grams in map(_grams, questions)
-            for name, other in grams_of_case.items()
+            (name, _overlap(grams, other)) for grams in map(_grams, questions) for name, other in grams_of_case.items()
         )
         name, overlap = max(overlaps, key=lambda pair: pair[1])
         if overlap >= _OVERLAP:
@@ -167,11 +163,7 @@ def contaminated_templates(
 
 
 def _wanted(train_per_domain: dict[str, int] | int, held_out_per_domain: int) -> dict[str, int]:
-    wanted = (
-        dict.fromkeys(DOMAINS, train_per_domain)
-        if isinstance(train_per_domain, int)
-        else dict(train_per_domain)
-    )
+    wanted = dict.fromkeys(DOMAINS, train_per_domain) if isinstance(train_per_domain, int) else dict(train_per_domain)
     if set(wanted) != set(DOMAINS):
         raise ValueError(f"train_per_domain names {sorted(wanted)}, but must name exactly {list(DOMAINS)}")
     for name, count in {**wanted, "held_out_per_domain": held_out_per_domain}.items():
@@ -266,9 +258,7 @@ def _code_rows(seed: int) -> list[Row]:
     for module, path in _library_modules(Path(sysconfig.get_paths()["stdlib"])):
         for shape, kind, place, task, answer in _functions(module, path):
             if shape not in found:
-                prompt = (
-                    f"{rng.choice(_CODE_PROMPTS).format(kind=kind, place=place)}\n\n```python\n{task}\n```"
-                )
+                prompt = f"{rng.choice(_CODE_PROMPTS).format(kind=kind, place=place)}\n\n```python\n{task}\n```"
                 found[shape] = (module.partition(".")[0], _row("code", prompt, f"```python\n{answer}\n```"))
     shuffled = list(found.values())
     rng.shuffle(shuffled)
@@ -283,9 +273,7 @@ def _code_rows(seed: int) -> list[Row]:
 
 def _library_modules(root: Path) -> Iterator[tuple[str, Path]]:
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(
-            s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith("config-")
-        )
+        subfolders[:] = sorted(s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith("config-"))
         for name in sorted(files):
             path = Path(folder, name)
             if path.suffix == ".py":
@@ -378,11 +366,7 @@ def _math_rows(count: int, seed: int) -> _MathDraw:
             passed += 1
             continue
         item = dataset[index]
-        question = (
-            item["question"]
-            .removesuffix("Give the result as your final answer. Do not include units.")
-            .strip()
-        )
+        question = item["question"].removesuffix("Give the result as your final answer. Do not include units.").strip()
         answer = re.sub(r"(?<![\d.])(\d+)\.0(?!\d)", r"\1", item["metadata"]["answer_cot"]).strip()
         if not _sound(answer, item["answer"]):
             unsound += 1

@@ -43,11 +43,23 @@ def loss_chart(curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> Mar
         figure, axes = _blank(9.6, 3.6, "training tokens", "loss")
         for name, role, tokens, loss in curves:
             axes.plot(tokens, loss, color=colour(role), linewidth=0.8, alpha=0.35)
-            axes.plot(tokens, smooth(loss), color=colour(role), linewidth=2, label=name,
-                      marker="o" if len(loss) < 2 else None)
+            axes.plot(
+                tokens,
+                smooth(loss),
+                color=colour(role),
+                linewidth=2,
+                label=name,
+                marker="o" if len(loss) < 2 else None,
+            )
         _plain_tokens(axes)
-        axes.legend(frameon=False, labelcolor=colour("ink"), loc="lower right", ncols=len(curves),
-                    bbox_to_anchor=(1, 1), borderaxespad=0)
+        axes.legend(
+            frameon=False,
+            labelcolor=colour("ink"),
+            loc="lower right",
+            ncols=len(curves),
+            bbox_to_anchor=(1, 1),
+            borderaxespad=0,
+        )
         return _svg(figure, "loss")
 
 
@@ -56,8 +68,7 @@ def line_chart(name: str, label: str, tokens: np.ndarray, values: np.ndarray, ev
     with rc_context(STYLE):
         figure, axes = _blank(4.7, 2.6, "training tokens", label)
         axes.axhline(even, color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot(tokens, values, color=colour("pesc"), linewidth=1.6,
-                  marker="o" if len(values) < 2 else None)
+        axes.plot(tokens, values, color=colour("pesc"), linewidth=1.6, marker="o" if len(values) < 2 else None)
         _plain_tokens(axes)
         low, high = axes.get_ylim()
         if high - low < 0.05:  # a flat curve must not be blown up into a dramatic one
@@ -78,8 +89,13 @@ def forest_chart(comparisons: Sequence[Comparison], clear: float) -> Markup:
                 continue
             reach = clear * case.error if np.isfinite(case.error) else 0.0
             role = colour(case.outcome)
-            axes.plot([case.mean - reach, case.mean + reach], [spot, spot], color=role, linewidth=2,
-                      solid_capstyle="round")
+            axes.plot(
+                [case.mean - reach, case.mean + reach],
+                [spot, spot],
+                color=role,
+                linewidth=2,
+                solid_capstyle="round",
+            )
             axes.plot([case.mean], [spot], "o", color=role, markersize=7)
         edge = max([abs(edge) for edge in axes.get_xlim()] + [1e-3])
         axes.set_xlim(-edge, edge)
@@ -174,7 +190,7 @@ def _svg(figure: Figure, name: str) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|defs)>\s*<(rdf:RDF|style).*?</\1>", "", text, flags=re.DOTALL)
     head, rest = text.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)

@@ -83,8 +83,10 @@ def compare(results: Results) -> list[Comparison]:
 
 def headline(comparisons: Sequence[Comparison]) -> str:
     """The verdict in one sentence."""
-    groups = {result: [c.domain for c in comparisons if c.outcome == result]
-              for result in ("better", "worse", "unclear", "unmeasured")}
+    groups = {
+        result: [c.domain for c in comparisons if c.outcome == result]
+        for result in ("better", "worse", "unclear", "unmeasured")
+    }
     count = len(comparisons)
     everywhere = f"in all {count} domains" if count > 1 else f"on {comparisons[0].domain}"
     if len(groups["better"]) == count:
@@ -95,8 +97,12 @@ def headline(comparisons: Sequence[Comparison]) -> str:
         return f"No clear difference between PESC and dense + LoRA {everywhere}."
     if len(groups["unmeasured"]) == count:
         return f"No verdict: a held-out loss is not a finite number {everywhere}."
-    words = {"better": "better on {}", "worse": "worse on {}", "unclear": "not clearly different on {}",
-             "unmeasured": "without a finite loss to compare on {}"}
+    words = {
+        "better": "better on {}",
+        "worse": "worse on {}",
+        "unclear": "not clearly different on {}",
+        "unmeasured": "without a finite loss to compare on {}",
+    }
     parts = [words[result].format(listed(names)) for result, names in groups.items() if names]
     kind = "A mixed result" if groups["better"] and groups["worse"] else "A partial result"
     return f"{kind}: PESC is {listed(parts)}, against dense + LoRA."
@@ -105,8 +111,9 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 def against_base(results: Results) -> str:
     """Whether training helped at all, before asking which kind helped more."""
     base = results.model(BASE)
-    lowered = {name: [d for d in results.domains if results.model(name).loss[d] < base.loss[d]]
-               for name in (DENSE, PESC)}
+    lowered = {
+        name: [d for d in results.domains if results.model(name).loss[d] < base.loss[d]] for name in (DENSE, PESC)
+    }
     if all(lower == results.domains for lower in lowered.values()):
         return "Against the untrained base, both trained models lower the held-out loss on every domain."
     parts = []
@@ -144,15 +151,17 @@ def millions(count: int) -> str:
 
 def tail(values: np.ndarray) -> float:
     """Mean of the finite values in the last tenth of a curve: where it ended, without the jitter."""
-    last = values[-max(1, len(values) // 10):]
+    last = values[-max(1, len(values) // 10) :]
     finite = last[np.isfinite(last)]
     return float(finite.mean()) if len(finite) else math.nan
 
 
 def curve_notes(run: Run) -> str:
     """Where the training curves ended, and whether anything in them was not a number."""
-    text = (f"Mean over the last tenth of the logged steps: dense + LoRA {number(tail(run.dense['loss']))},"
-            f" PESC {number(tail(run.pesc['loss']))}.")
+    text = (
+        f"Mean over the last tenth of the logged steps: dense + LoRA {number(tail(run.dense['loss']))},"
+        f" PESC {number(tail(run.pesc['loss']))}."
+    )
     for name, metrics in ((DENSE, run.dense), (PESC, run.pesc)):
         bad = int((~np.isfinite(metrics["loss"])).sum())
         if bad:
@@ -163,15 +172,23 @@ def curve_notes(run: Run) -> str:
 def balance_notes(metrics: Metrics, routing: Routing) -> str:
     """Whether the experts are all in use, from the training curve and from the held-out text."""
     level = tail(metrics["balance"])
-    word = ("cannot be told" if not math.isfinite(level) else "is close to even on the whole" if level > 0.95
-            else "is uneven" if level > 0.8 else "has collapsed onto few experts")
-    loads = np.concatenate([load for domain in routing.shares
-                            for load in loads_of(routing, domain).values()])
+    word = (
+        "cannot be told"
+        if not math.isfinite(level)
+        else "is close to even on the whole"
+        if level > 0.95
+        else "is uneven"
+        if level > 0.8
+        else "has collapsed onto few experts"
+    )
+    loads = np.concatenate([load for domain in routing.shares for load in loads_of(routing, domain).values()])
     idle = int((loads < 0.1).sum())
-    return (f"The use of experts in training {word} (balance {number(level, 2)} at the end; 1 is perfectly"
-            f" even). On the domains' text the busiest expert of any layer gets {loads.max():.1f} times its"
-            f" even share,"
-            f" and {idle} of the {len(loads)} domain-layer-expert cells get less than a tenth of it.")
+    return (
+        f"The use of experts in training {word} (balance {number(level, 2)} at the end; 1 is perfectly"
+        f" even). On the domains' text the busiest expert of any layer gets {loads.max():.1f} times its"
+        f" even share,"
+        f" and {idle} of the {len(loads)} domain-layer-expert cells get less than a tenth of it."
+    )
 
 
 def loads_of(routing: Routing, domain: str) -> dict[int, np.ndarray]:
@@ -207,13 +224,15 @@ def specialisation(routing: Routing, tokens: dict[str, int]) -> Specialisation:
         noise.append((used - 1) * scale * inverse)
     _, domain, layer, expert = max(
         (float(shift.max()), name, layer, int(shift.argmax()))
-        for name in names for layer, shift in shifts_of(routing, name).items()
+        for name in names
+        for layer, shift in shifts_of(routing, name).items()
     )
     row = routing.shares[domain][layer]
     assert row is not None
     here, shift = float(row[expert]), float(shifts_of(routing, domain)[layer][expert])
-    return Specialisation(bits, math.log2(len(names)), float(np.mean(noise)),
-                          (domain, layer, expert, here, here - shift))
+    return Specialisation(
+        bits, math.log2(len(names)), float(np.mean(noise)), (domain, layer, expert, here, here - shift)
+    )
 
 
 def _entropy(shares: np.ndarray) -> float:
@@ -224,8 +243,15 @@ def _entropy(shares: np.ndarray) -> float:
 def specialisation_notes(found: Specialisation, num_domains: int) -> str:
     """The divergence in words: what it means and how large it is."""
     part = found.mean / found.most
-    word = ("next to nothing" if part < 0.01 else "little" if part < 0.05
-            else "a fair amount" if part < 0.2 else "a great deal")
+    word = (
+        "next to nothing"
+        if part < 0.01
+        else "little"
+        if part < 0.05
+        else "a fair amount"
+        if part < 0.2
+        else "a great deal"
+    )
     peak = max(found.bits, key=lambda layer: found.bits[layer])
     domain, layer, expert, here, usual = found.largest
     text = (
@@ -251,22 +277,31 @@ def caveats(results: Results) -> list[str]:
         found.append(
             f"Not a control of equal size: PESC trains {millions(pesc.trained - dense.trained)} more"
             " parameters than dense + LoRA, so a lower loss may come from more weights and not from their"
-            " being sparse.")
+            " being sparse."
+        )
     found.append(
         f"One run of each model, one seed ({setup['seed']}). Another seed may move any difference by more"
-        " than its standard error, which covers only the choice of held-out rows.")
+        " than its standard error, which covers only the choice of held-out rows."
+    )
     if base.total < 1_000_000_000:
-        found.append(f"A small model ({millions(base.total)} parameters): this tests the workings of the"
-                     " method, not its worth at scale.")
-    found.append(f"Held out: {held}." + (
-        " With so few rows the standard error is itself rough." if min(rows.values()) < 30 else ""))
+        found.append(
+            f"A small model ({millions(base.total)} parameters): this tests the workings of the"
+            " method, not its worth at scale."
+        )
+    found.append(
+        f"Held out: {held}."
+        + (" With so few rows the standard error is itself rough." if min(rows.values()) < 30 else "")
+    )
     found.append(
         f"A difference counts as clear from {CLEAR:g} standard errors on. Chance alone lifts about one"
-        f" comparison in twenty over that; here there {'are' if len(rows) > 1 else 'is'} {len(rows)}.")
+        f" comparison in twenty over that; here there {'are' if len(rows) > 1 else 'is'} {len(rows)}."
+    )
     found.append(
         f"Training saw {setup['tokens']:,} tokens in {setup['steps']:,} steps. What holds at this budget need"
-        " not hold at another.")
+        " not hold at another."
+    )
     found.append(
         "What was measured is the loss on reference answers, not a score on a task. The answers shown are"
-        " examples, too few to count from.")
+        " examples, too few to count from."
+    )
     return found

@@ -15,8 +15,13 @@ PAIR = f"{PESC} - {DENSE}"
 FILES = ("metrics.jsonl", "dense/metrics.jsonl", "results.json", "routing.json", "answers.json")
 ANSWER_KEYS = ("domain", "prompt", "reference", "base", "dense", "pesc")
 SETUP_KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str,), "seed": (int,), "steps": (int,), "tokens": (int,), "machine": (str,),
-    "seconds": (dict,), "peak_memory_gb": (dict,),
+    "model": (str,),
+    "seed": (int,),
+    "steps": (int,),
+    "tokens": (int,),
+    "machine": (str,),
+    "seconds": (dict,),
+    "peak_memory_gb": (dict,),
 }
 
 Metrics = dict[str, np.ndarray]
@@ -178,8 +183,7 @@ def _results(data: Any) -> Results:
         held_out_rows={d: faults.take(rows, d, (int,), "held_out_rows") for d in domains},
         setup=setup,
         sources=[
-            {key: faults.take(source, key, (str,), f"data.sources[{index}]")
-             for key in ("domain", "source", "licence")}
+            {key: faults.take(source, key, (str,), f"data.sources[{index}]") for key in ("domain", "source", "licence")}
             for index, source in enumerate(sources)
         ],
         notes=[str(note) for note in faults.take(origin, "notes", (list,), "data")],
@@ -196,20 +200,25 @@ def _models(faults: Faults, entries: list[Any], domains: list[str]) -> list[Mode
         where = f"models[{name or index}]"
         loss = faults.take(entry, "loss", (dict,), where)
         sizes = faults.take(entry, "parameters", (dict,), where)
-        models.append(Model(
-            name=name,
-            loss={domain: faults.number(loss, domain, f"{where}.loss") for domain in domains},
-            **{key: faults.take(sizes, key, (int,), f"{where}.parameters")
-               for key in ("total", "active", "trained")},
-        ))
+        models.append(
+            Model(
+                name=name,
+                loss={domain: faults.number(loss, domain, f"{where}.loss") for domain in domains},
+                **{
+                    key: faults.take(sizes, key, (int,), f"{where}.parameters")
+                    for key in ("total", "active", "trained")
+                },
+            )
+        )
     absent = [name for name in (BASE, DENSE, PESC) if name not in {model.name for model in models}]
     if absent:
         faults.add(f"models has no entry named {', '.join(absent)}")
     return models
 
 
-def _differences(faults: Faults, pairs: dict[str, Any],
-                 domains: list[str]) -> dict[str, dict[str, tuple[float, float]]]:
+def _differences(
+    faults: Faults, pairs: dict[str, Any], domains: list[str]
+) -> dict[str, dict[str, tuple[float, float]]]:
     if PAIR not in pairs:
         faults.add(f"uncertainty has no entry {PAIR!r}")
     found: dict[str, dict[str, tuple[float, float]]] = {}
@@ -222,8 +231,10 @@ def _differences(faults: Faults, pairs: dict[str, Any],
                 faults.add(f"{where}.{domain} must be [mean difference, standard error]")
                 continue
             named = dict(zip(("mean", "error"), value, strict=True))
-            found[pair][domain] = (faults.number(named, "mean", f"{where}.{domain}"),
-                                   faults.number(named, "error", f"{where}.{domain}"))
+            found[pair][domain] = (
+                faults.number(named, "mean", f"{where}.{domain}"),
+                faults.number(named, "error", f"{where}.{domain}"),
+            )
     return found
 
 
@@ -245,9 +256,13 @@ def _routing(data: Any, domains: list[str]) -> Routing:
         faults.add("no layer has experts")
     faults.raise_any()
     sizes = experts if isinstance(experts, list) else [experts] * depth
-    rows = {domain: [_shares(faults, row, size, f"shares.{domain}[{layer}]")
-                     for layer, (row, size) in enumerate(zip(layers[domain], sizes, strict=True))]
-            for domain in domains}
+    rows = {
+        domain: [
+            _shares(faults, row, size, f"shares.{domain}[{layer}]")
+            for layer, (row, size) in enumerate(zip(layers[domain], sizes, strict=True))
+        ]
+        for domain in domains
+    }
     for layer in range(depth):
         if len({rows[domain][layer] is None for domain in domains}) > 1:
             faults.add(f"layer {layer} has experts in some domains and none in others")
@@ -273,7 +288,9 @@ def _answers(data: Any) -> list[dict[str, str]]:
     if not isinstance(data, list):
         faults.add(f"must be a list of answers, not {type(data).__name__}")
         data = []
-    answers = [{key: faults.take(answer, key, (str,), f"[{index}]") for key in ANSWER_KEYS}
-               for index, answer in enumerate(data)]
+    answers = [
+        {key: faults.take(answer, key, (str,), f"[{index}]") for key in ANSWER_KEYS}
+        for index, answer in enumerate(data)
+    ]
     faults.raise_any()
     return answers

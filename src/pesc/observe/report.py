@@ -11,9 +11,17 @@ from pesc.observe import charts, findings
 from pesc.observe.records import BASE, DENSE, PAIR, PESC, Results, Routing, Run, read_run
 
 SETUP_LABELS = {
-    "model": "dense model", "num_experts": "experts", "num_experts_per_tok": "experts per token",
-    "adapter_dim": "adapter size", "lora_r": "LoRA rank", "steps": "steps", "tokens": "training tokens",
-    "seed": "seed", "seconds": "seconds", "peak_memory_gb": "peak memory (GB)", "machine": "machine",
+    "model": "dense model",
+    "num_experts": "experts",
+    "num_experts_per_tok": "experts per token",
+    "adapter_dim": "adapter size",
+    "lora_r": "LoRA rank",
+    "steps": "steps",
+    "tokens": "training tokens",
+    "seed": "seed",
+    "seconds": "seconds",
+    "peak_memory_gb": "peak memory (GB)",
+    "machine": "machine",
 }
 
 
@@ -31,8 +39,7 @@ def write_report(run: Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=findings.number, signed=findings.signed, millions=findings.millions)
     template = resources.files("pesc.observe").joinpath("report.html.j2").read_text(encoding="utf-8")
     comparisons = findings.compare(run.results)
@@ -59,16 +66,24 @@ def render(run: Run) -> str:
 def _pairs(results: Results) -> list[tuple[str, dict[str, tuple[float, float, str]]]]:
     """Every paired difference of the results, the one that matters first."""
     order = sorted(results.differences, key=lambda pair: pair != PAIR)
-    return [(pair.replace(" - ", " \u2212 "), {
-        domain: (mean, error, findings.outcome(mean, error, results.held_out_rows[domain]))
-        for domain, (mean, error) in results.differences[pair].items()
-    }) for pair in order]
+    return [
+        (
+            pair.replace(" - ", " \u2212 "),
+            {
+                domain: (mean, error, findings.outcome(mean, error, results.held_out_rows[domain]))
+                for domain, (mean, error) in results.differences[pair].items()
+            },
+        )
+        for pair in order
+    ]
 
 
 def _setup(setup: dict[str, Any]) -> list[tuple[str, str]]:
     known = [key for key in SETUP_LABELS if key in setup]
-    return [(SETUP_LABELS.get(key, key), _shown(setup[key]))
-            for key in [*known, *(key for key in setup if key not in SETUP_LABELS)]]
+    return [
+        (SETUP_LABELS.get(key, key), _shown(setup[key]))
+        for key in [*known, *(key for key in setup if key not in SETUP_LABELS)]
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -86,8 +101,12 @@ def _answers(run: Run) -> list[dict[str, Any]]:
     seen: set[str] = set()
     shown: list[dict[str, Any]] = []
     for answer in run.answers:
-        columns = [("reference", answer["reference"]), (BASE, answer["base"]), (DENSE, answer["dense"]),
-                   (PESC, answer["pesc"])]
+        columns = [
+            ("reference", answer["reference"]),
+            (BASE, answer["base"]),
+            (DENSE, answer["dense"]),
+            (PESC, answer["pesc"]),
+        ]
         shown.append({**answer, "columns": columns, "open": answer["domain"] not in seen})
         seen.add(answer["domain"])
     return shown
@@ -97,35 +116,46 @@ def _curves(run: Run) -> dict[str, Any]:
     least = sum(run.routing.num_experts_per_tok[layer] for layer in run.routing.sparse_layers)
     tokens, aux = run.pesc["tokens"], run.pesc["aux_loss"] / least
     return {
-        "loss_curves": charts.loss_chart([(DENSE, "dense", run.dense["tokens"], run.dense["loss"]),
-                                          (PESC, "pesc", tokens, run.pesc["loss"])]),
+        "loss_curves": charts.loss_chart(
+            [
+                (DENSE, "dense", run.dense["tokens"], run.dense["loss"]),
+                (PESC, "pesc", tokens, run.pesc["loss"]),
+            ]
+        ),
         "balance_curve": charts.line_chart("balance", "balance", tokens, run.pesc["balance"], 1.0),
         "aux_curve": charts.line_chart("aux", "balance loss / even", tokens, aux, 1.0),
         "curve_notes": findings.curve_notes(run),
         "balance_notes": findings.balance_notes(run.pesc, run.routing),
-        "speeds": [(name, float(np.nanmedian(metrics["tokens_per_second"])))
-                   for name, metrics in ((DENSE, run.dense), (PESC, run.pesc))
-                   if np.isfinite(metrics["tokens_per_second"]).any()],
+        "speeds": [
+            (name, float(np.nanmedian(metrics["tokens_per_second"])))
+            for name, metrics in ((DENSE, run.dense), (PESC, run.pesc))
+            if np.isfinite(metrics["tokens_per_second"]).any()
+        ],
     }
 
 
 def _heat(routing: Routing) -> dict[str, Any]:
     """A map per domain of load against even load, on a log scale: half and double lie equally far from 1."""
     with np.errstate(divide="ignore"):
-        logs = {domain: {layer: np.log2(load) for layer, load in findings.loads_of(routing, domain).items()}
-                for domain in routing.shares}
+        logs = {
+            domain: {layer: np.log2(load) for layer, load in findings.loads_of(routing, domain).items()}
+            for domain in routing.shares
+        }
     spread = np.abs(np.concatenate([row for rows in logs.values() for row in rows.values()]))
     # A few dead experts (log of 0) must not decide the scale of all the others.
     limit = next((size for size in (0.5, 1.0, 2.0) if np.quantile(spread, 0.95, method="lower") <= size), 3.0)
     plain = [layer for layer in range(routing.num_layers) if layer not in routing.sparse_layers]
     return {
-        "heat_maps": [(domain, charts.heat_map(f"heat{index}", rows, routing.num_layers, limit))
-                      for index, (domain, rows) in enumerate(logs.items())],
-        "heat_scale": [f"\u2264 {2 ** -limit:.3g}\u00d7", "even", f"\u2265 {2 ** limit:.3g}\u00d7"],
+        "heat_maps": [
+            (domain, charts.heat_map(f"heat{index}", rows, routing.num_layers, limit))
+            for index, (domain, rows) in enumerate(logs.items())
+        ],
+        "heat_scale": [f"\u2264 {2**-limit:.3g}\u00d7", "even", f"\u2265 {2**limit:.3g}\u00d7"],
         "plain_layers": plain,
-        "share_tables": {domain: [(layer, [f"{share:.1%}" for share in row])
-                                  for layer, row in enumerate(rows) if row is not None]
-                         for domain, rows in routing.shares.items()},
+        "share_tables": {
+            domain: [(layer, [f"{share:.1%}" for share in row]) for layer, row in enumerate(rows) if row is not None]
+            for domain, rows in routing.shares.items()
+        },
     }
 
 
@@ -133,16 +163,23 @@ def _differing(run: Run) -> dict[str, Any]:
     """Where the domains part; nothing to show with one domain."""
     routing = run.routing
     if len(routing.shares) < 2:
-        return {"shift_maps": [], "shift_scale": [], "divergence": None, "divergence_most": 0.0,
-                "divergence_notes": ""}
+        return {
+            "shift_maps": [],
+            "shift_scale": [],
+            "divergence": None,
+            "divergence_most": 0.0,
+            "divergence_notes": "",
+        }
     found = findings.specialisation(routing, run.results.held_out_tokens)
     shifts = {domain: findings.shifts_of(routing, domain) for domain in routing.shares}
     spread = np.abs(np.concatenate([row for rows in shifts.values() for row in rows.values()]))
     limit = max(float(np.quantile(spread, 0.98)), 0.01)
     points = f"{100 * limit:.1f} points"
     return {
-        "shift_maps": [(domain, charts.heat_map(f"shift{index}", rows, routing.num_layers, limit))
-                       for index, (domain, rows) in enumerate(shifts.items())],
+        "shift_maps": [
+            (domain, charts.heat_map(f"shift{index}", rows, routing.num_layers, limit))
+            for index, (domain, rows) in enumerate(shifts.items())
+        ],
         "shift_scale": [f"\u2264 \u2212{points}", "average", f"\u2265 +{points}"],
         "divergence": charts.bar_chart("divergence", found.bits, routing.num_layers, found.noise, "bits"),
         "divergence_most": found.most,

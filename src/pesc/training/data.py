@@ -52,7 +52,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} is empty: it must hold a JSON object with messages on each line")
     if faults:
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{path}: {len(faults)} of {len(rows)} rows are no conversations:\n" + "\n".join(faults[:5]) + more)
+        raise ValueError(
+            f"{path}: {len(faults)} of {len(rows)} rows are no conversations:\n" + "\n".join(faults[:5]) + more
+        )
     return rows
 
 
@@ -79,9 +81,7 @@ def encode_rows(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, 
     return encoded
 
 
-def encode_messages(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+def encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Tokens of one conversation and their labels.
 
     The conversation is rendered up to and with each assistant turn; what that turn adds is what is learnt, its

@@ -82,9 +82,7 @@ class MetricsWriter(TrainerCallback):
     def _line(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         now = time.perf_counter()
         elapsed = self.before + now - self.start
-        tokens = int(logs["num_tokens"])
-        if tokens <= self.last["tokens"]:  # trl counts anew after a resume
-            tokens += self.tokens_before
+        tokens = self.tokens_before + int(logs["num_tokens"])
         line = {
             "step": step,
             "loss": float(logs["loss"]) - float(logs.get("router_loss", 0.0)),

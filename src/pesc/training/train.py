@@ -92,7 +92,7 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
             model,
             LoraConfig(
                 r=recipe.lora.r,
-                lora_alpha=recipe.lora.alpha,  # type: ignore[arg-type]
+                lora_alpha=recipe.lora.alpha,
                 lora_dropout=recipe.lora.dropout,
                 target_modules=recipe.lora.target_modules,
             ),
@@ -177,5 +177,3 @@ def _quiet_libraries() -> Iterator[None]:
         trl_logger.setLevel(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-

@@ -26,6 +26,7 @@ class PescTrainer(SFTTrainer):
     def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
         self.aux_loss_enabled = False
+        self.tokens_seen = 0
         if crafted_ffns(model):
             model.config.output_router_logits = False
 
@@ -36,34 +37,51 @@ class PescTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The language-model loss of trl and, in training, the router's losses, averaged over micro-batches."""
+        """The language model's loss and, in training, the router's losses, averaged over micro-batches.
+
+        `return_outputs` must be left out: no logits are kept.
+        """
+        assert not return_outputs
         with record_router_logits(model) as router_logits:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not router_logits or not self.model.training:
-            return result
-        loss, outputs = result if return_outputs else (result, None)
-        crafted = self.accelerator.unwrap_model(model)
-        attention_mask = inputs.get("attention_mask")
-        aux_loss, weighted = crafted.router_loss(router_logits, attention_mask)
-        self._record(aux_loss, weighted, router_logits, attention_mask)
-        # With num_items_in_batch the trainer adds micro-batches up instead of averaging them.
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        loss = loss + weighted.to(loss.device) / steps
-        return (loss, outputs) if return_outputs else loss
+            loss = self._language_model_loss(model, inputs, num_items_in_batch)
+        if not self.model.training:
+            return loss
+        if router_logits:
+            aux_loss, weighted = self.model.router_loss(router_logits, inputs["attention_mask"])
+            self._record_routing(aux_loss, weighted, router_logits, inputs["attention_mask"])
+            # With num_items_in_batch the trainer adds micro-batches up instead of averaging them.
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + weighted.to(loss.device) / steps
+        self.tokens_seen += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+        self._metrics["train"]["num_tokens"] = [self.tokens_seen]
+        return loss
+
+    def _language_model_loss(
+        self, model: Any, inputs: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        if self.args.device.type != "cpu":
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items)
+        # trl's fused output layer saves the logits' memory on a GPU; on a CPU it takes half as long again.
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
+        return self.model.loss_function(
+            logits=logits,
+            labels=inputs["labels"],
+            vocab_size=self.model.config.vocab_size,
+            num_items_in_batch=num_items,
+        )
 
     @torch.no_grad()
-    def _record(
+    def _record_routing(
         self,
         aux_loss: torch.Tensor,
         weighted: torch.Tensor,
         router_logits: list[torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor,
     ) -> None:
         mask = token_mask(attention_mask, router_logits[0].shape[0])
-        ffns = crafted_ffns(self.model)
         counts = [
             expert_counts(logits, ffn.router.num_experts_per_tok, mask)
-            for logits, (_, ffn) in zip(router_logits, ffns, strict=True)
+            for logits, (_, ffn) in zip(router_logits, crafted_ffns(self.model), strict=True)
         ]
         metrics = self._metrics["train"]
         metrics["aux_loss"].append(aux_loss.item())

@@ -1,0 +1,161 @@
+"""The command `pesc`: a verb a function, each a thin cover of the library; nothing heavy loads for --help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+import pesc
+from pesc.config import PescConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = App(
+    name="pesc",
+    help="Turn a dense language model into a Mixture of Experts while instruction-tuning it.",
+    version=pesc.__version__,
+    help_format="markdown",
+)
+
+
+@app.command
+def demo(*, output: Path = Path("runs/demo")) -> None:
+    """Run the main job on the embedded model: craft, tune on chat, code and math, compare, report.
+
+    Some 15 minutes on two cores. An interrupted demo goes on where it stopped.
+
+    Example: `pesc demo --output runs/demo`
+
+    Parameters
+    ----------
+    output
+        Folder of the run.
+    """
+    from pesc.demo.run import run_demo
+
+    run_demo(output, _console())
+
+
+@app.command
+def craft(
+    model: str, out: Path, *, config: Annotated[PescConfig | None, Parameter(name="*", negative="")] = None
+) -> None:
+    """Give a dense checkpoint routers and experts, on disk, without loading its weights.
+
+    The crafted folder computes exactly what the dense model computes, until it is tuned.
+
+    Example: `pesc craft meta-llama/Llama-2-7b-hf crafted --num-experts 8 --adapter-dim 512`
+
+    Parameters
+    ----------
+    model
+        Dense model: a folder, a hub id, or smollm2-135m-instruct.
+    out
+        Folder to write; must not exist yet.
+    """
+    from pesc.crafting.checkpoint import craft_checkpoint
+    from pesc.crafting.info import describe
+    from pesc.crafting.show import show_info
+
+    show_info(describe(craft_checkpoint(model, out, config or PescConfig())), _console())
+
+
+@app.command
+def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=False)]) -> None:
+    """Tune a model by a recipe; run again, an interrupted run goes on from its last checkpoint.
+
+    Example: `pesc train recipes/demo.yaml lora.r=8 method.num_experts=4 output=runs/small`
+
+    Parameters
+    ----------
+    recipe
+        YAML file; recipes/ holds commented ones.
+    changes
+        Settings to change, written key=value, nested ones with dots; method=null trains the dense model.
+    """
+    from pesc.training.recipe import load_recipe
+    from pesc.training.train import train as run
+
+    loaded = load_recipe(recipe, changes)
+    console = _console()
+    run(loaded, console)
+    console.print(f"Next:   pesc chat {loaded.output}\n        pesc info {loaded.output}", highlight=False)
+
+
+@app.command
+def info(model: str, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """Say what a model is: family, experts, parameters, sizes, missing or untouched experts.
+
+    Example: `pesc info runs/demo --json`
+
+    Parameters
+    ----------
+    model
+        A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
+    as_json
+        Print JSON.
+    """
+    from pesc.crafting.info import describe
+    from pesc.crafting.show import show_info
+
+    described = describe(model)
+    if as_json:
+        print(json.dumps(described.to_dict(), indent=2))
+    else:
+        show_info(described, _console())
+
+
+@app.command
+def chat(model: str, *, max_new_tokens: int = 512, temperature: float = 0.2, system: str | None = None) -> None:
+    """Talk to a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Example: `pesc chat runs/demo --temperature 0`
+
+    Parameters
+    ----------
+    model
+        A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
+    max_new_tokens
+        Where an answer is cut.
+    temperature
+        Of sampling; 0 always takes the likeliest token.
+    system
+        System message, in place of the chat template's own.
+    """
+    from pesc.serving.chat import converse, open_chat
+
+    converse(open_chat(model, _console(), max_new_tokens=max_new_tokens, temperature=temperature, system=system))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        Exit code: 0; 1 when the work failed on what the user gave; 2 for a wrong command line; 130 after Ctrl-C.
+    """
+    try:
+        app(arguments, exit_on_error=False, result_action="return_value")
+    except CycloptsError:
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from what is written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"pesc: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Measuring: held-out loss, and comparisons that say how sure they are."""

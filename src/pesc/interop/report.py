@@ -1,0 +1,148 @@
+"""What a verification finds, and how it looks at experts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found."""
+
+    severity: Severity
+    """An "error" makes the file not whole; a "warning" deserves a look; a "note" explains."""
+    message: str
+
+
+@dataclass
+class Report:
+    """The result of a verification."""
+
+    path: str
+    kind: str = ""
+    """What the path holds, such as "crafted", "adapter", "camelidae", "gguf"."""
+    findings: list[Finding] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """The verdict: everything that is promised is there and sound."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    def add(self, severity: Severity, message: str) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(severity, message))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"whole": self.whole} | asdict(self)
+
+
+class Examination:
+    """Looks at tensors as they stream by, and tells at the end what is wrong with them.
+
+    Experts are named by where they are ("layer 3") and their number. Of each, only digests of its matrices
+    are remembered.
+    """
+
+    def __init__(self) -> None:
+        self._dtypes: Counter[str] = Counter()
+        self._parameters = 0
+        self._unsound: dict[str, str] = {}
+        self._digests: dict[tuple[str, int], dict[str, bytes]] = defaultdict(dict)
+        self._zero: dict[tuple[str, int], dict[str, bool]] = defaultdict(dict)
+
+    def tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Count a tensor and look for NaN and inf."""
+        self.counted(str(tensor.dtype).removeprefix("torch."), tensor.numel())
+        if tensor.is_floating_point():
+            self.values(name, tensor)
+
+    def counted(self, dtype: str, parameters: int) -> None:
+        """Count a tensor by its dtype."""
+        self._dtypes[dtype] += 1
+        self._parameters += parameters
+
+    def values(self, name: str, tensor: torch.Tensor) -> None:
+        """Look for NaN and inf."""
+        wide = tensor if tensor.element_size() > 1 else tensor.float()
+        finite = wide.isfinite()
+        if not finite.all():
+            nans = int(wide.isnan().sum())
+            infinite = int(finite.numel() - finite.sum()) - nans
+            counts = ((nans, "NaN"), (infinite, "inf"))
+            self._unsound[name] = " and ".join(f"{count} {what}" for count, what in counts if count)
+
+    def expert(self, where: str, number: int, part: str, tensor: torch.Tensor, *, last: bool) -> None:
+        """Look at one matrix of an expert.
+
+        Args:
+            where: its layer.
+            number: its number in the layer.
+            part: the matrix's name.
+            tensor: of any shape.
+            last: whether it is the matrix that starts at zero.
+        """
+        data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._digests[where, number][part] = hashlib.blake2b(data, digest_size=16).digest()
+        self._zero[where, number]["last" if last else part] = not tensor.any()
+
+    def report(self, report: Report, *, mixed_dtypes_are_usual: bool = False) -> None:
+        """Add the findings and facts."""
+        report.facts |= {"tensors": self._dtypes.total(), "parameters": self._parameters}
+        report.facts["dtypes"] = dict(self._dtypes)
+        for name, what in self._unsound.items():
+            report.add("error", f"{name} holds {what}")
+        if len(self._dtypes) > 1 and not mixed_dtypes_are_usual:
+            counts = ", ".join(f"{count} tensors of {dtype}" for dtype, count in self._dtypes.items())
+            report.add("warning", f"dtypes are mixed: {counts}")
+        self._report_untouched(report)
+        self._report_duplicates(report)
+
+    def _report_untouched(self, report: Report) -> None:
+        untouched = [place for place, zero in self._zero.items() if zero.get("last")]
+        blank = [p for p in untouched if all(self._zero[p].values()) and len(self._zero[p]) > 1]
+        if blank:
+            report.add(
+                "error",
+                f"{len(blank)} experts are blank, all their matrices zero, as neither crafting nor training "
+                f"leaves them (filled in by a converter?): {listed(blank)}",
+            )
+        untouched = [place for place in untouched if place not in blank]
+        report.facts["untouched experts"] = len(untouched) + len(blank)
+        if untouched and len(untouched) == len(self._zero):
+            report.add(
+                "warning",
+                "all experts are untouched (zero second matrix): freshly crafted, it computes what its dense base does",
+            )
+        elif untouched:
+            report.add(
+                "warning",
+                f"{len(untouched)} experts are untouched (zero second matrix: they add nothing): {listed(untouched)}",
+            )
+
+    def _report_duplicates(self, report: Report) -> None:
+        same: dict[tuple[tuple[str, bytes], ...], list[tuple[str, int]]] = defaultdict(list)
+        for place, digests in self._digests.items():
+            if not self._zero[place].get("last"):
+                same[tuple(sorted(digests.items()))].append(place)
+        groups = [places for places in same.values() if len(places) > 1]
+        report.facts["duplicate experts"] = sum(len(places) - 1 for places in groups)
+        for places in groups:
+            report.add("error", f"{len(places)} experts are duplicates, bit for bit: {listed(places)}")
+
+
+def listed(places: Sequence[tuple[str, int]]) -> str:
+    """Experts by layer: "layer 0: 1, 2; layer 3: 0"."""
+    by_layer: dict[str, list[str]] = defaultdict(list)
+    for where, number in places:
+        by_layer[where].append(str(number))
+    return "; ".join(f"{where}: {', '.join(numbers)}" for where, numbers in by_layer.items())

@@ -1,0 +1,241 @@
+"""Prove that a model's files hold the experts they promise: ours, the published layouts, GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from pesc.config import PescConfig
+from pesc.crafting.adapter import (
+    ADAPTER_JSON,
+    ADAPTER_WEIGHTS,
+    adapter_tensors,
+    add_lora,
+    find_adapter,
+    weights_hash,
+)
+from pesc.crafting.craft import craft
+from pesc.crafting.dense import load_config, read_json, resolve
+from pesc.crafting.model_config import MODEL_TYPE
+from pesc.crafting.surgery import crafted_ffns
+from pesc.interop import layouts
+from pesc.interop.importer import mismatches, rotary_problems, source_folder, tied_names
+from pesc.interop.layouts import Target
+from pesc.interop.report import Examination, Finding, Report, listed
+from pesc.interop.weights import Weights
+
+__all__ = ["Finding", "Report", "verify"]
+
+_MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def verify(path: str | Path) -> Report:
+    """Check that a model on disk is whole, reading one tensor at a time and running none of its code.
+
+    Looked for: experts present against experts promised, untouched, blank and duplicate experts, NaN and inf,
+    mixed dtypes, shapes, damaged files.
+
+    Args:
+        path: a crafted folder, an adapter's or a run's folder, a checkpoint of the Camelidae, Qwen2idae or
+            Sparsetral layout, a GGUF file, or a hub id.
+
+    Returns:
+        A report; `report.whole` is the verdict.
+
+    Raises:
+        FileNotFoundError: when the path is not there or no model, or a GGUF file is given and the package
+            `gguf` is not installed.
+    """
+    report = Report(str(path))
+    try:
+        gguf_file = _gguf_file(Path(path).expanduser())
+        if gguf_file is not None:
+            from pesc.interop.gguf_check import check_gguf
+
+            report.kind = "gguf"
+            check_gguf(gguf_file, report)
+        elif (adapter := find_adapter(path)) is not None:
+            report.kind = "adapter"
+            _check_adapter(adapter, report)
+        else:
+            _check_folder(source_folder(path), report)
+    except ValueError as error:
+        # What cannot be read or makes no sense is a finding, not a failure of the check.
+        report.add("error", str(error))
+    return report
+
+
+def _gguf_file(path: Path) -> Path | None:
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(4) == b"GGUF" or path.suffix == ".gguf":
+                return path
+        raise FileNotFoundError(f"{path} is a file, but no GGUF file: give the model's folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise FileNotFoundError(f"{path} holds {len(files)} GGUF files: give one of them")
+        return files[0] if files else None
+    return None
+
+
+def _check_folder(folder: Path, report: Report) -> None:
+    values = read_json(folder / "config.json")
+    weights = _weights(folder, report)
+    if values.get("model_type") == MODEL_TYPE:
+        report.kind = "crafted"
+        _check_crafted(folder, weights, report)
+    elif layouts.promises(values) or any(layouts.expert_of(name) for name in weights.tensors):
+        report.kind = "foreign"
+        _check_foreign(values, weights, report)
+    else:
+        report.kind = "other"
+        _check_other(values, weights, report)
+
+
+def _weights(folder: Path, report: Report, files: list[Path] | None = None) -> Weights:
+    try:
+        weights = Weights(folder, files)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    report.facts["bytes"] = sum(file.stat().st_size for file in weights.files)
+    return weights
+
+
+def _check_crafted(folder: Path, weights: Weights, report: Report) -> None:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        skeleton = layouts.skeleton_of(config)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    report.facts |= {"base": config.base_model_type, "pesc": config.method.to_dict()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    _compare(shapes, weights, report)
+    for name in sorted(weights.tensors.keys() - set(skeleton.state_dict()) - tied_names(skeleton)):
+        ours = ".router." in name or ".experts." in name
+        report.add("error" if ours else "warning", f"unexpected: {name}")
+    _count_banks(shapes, weights, report)
+    _examine(weights, report)
+
+
+def _check_adapter(folder: Path, report: Report) -> None:
+    settings = read_json(folder / ADAPTER_JSON)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds no {ADAPTER_WEIGHTS}: the folder is not whole")
+    weights = _weights(folder, report, [folder / ADAPTER_WEIGHTS])
+    report.facts |= {key: settings.get(key) for key in ("base_model", "pesc", "lora")}
+    try:
+        expected = _adapter_shapes(settings)
+    except FileNotFoundError as error:
+        report.add("warning", f"the base is not within reach, so nothing was compared with it ({error})")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / ADAPTER_JSON} lacks or breaks a setting: {error}") from error
+    else:
+        _compare(expected, weights, report)
+        for name in sorted(weights.tensors.keys() - expected.keys()):
+            report.add("error", f"unexpected: {name}")
+        _count_banks(expected, weights, report)
+        found = weights_hash(resolve(settings["base_model"]))
+        if found != settings["base_sha256"]:
+            report.add(
+                "error",
+                f"the base {settings['base_model']} has weights of sha256 {found[:12]}…, but the adapter "
+                f"was trained on {settings['base_sha256'][:12]}…",
+            )
+    _examine(weights, report)
+
+
+def _adapter_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    model = layouts.skeleton_of(load_config(settings["base_model"]))
+    if settings["pesc"] and not crafted_ffns(model):
+        craft(model, PescConfig.from_dict(settings["pesc"]))
+    if settings["lora"]:
+        from peft import LoraConfig
+
+        add_lora(model, LoraConfig(**settings["lora"]))
+    return {name: tuple(parameter.shape) for name, parameter in adapter_tensors(model).items()}
+
+
+def _check_foreign(values: dict[str, Any], weights: Weights, report: Report) -> None:
+    report.facts["promised by"] = layouts.promises(values)
+    lost = not any(layouts.expert_of(name) for name in weights.tensors)
+    if lost:
+        report.add(
+            "error",
+            f"all experts are lost: the config promises them ({', '.join(layouts.promises(values))}), the files "
+            "hold none, and only the dense model is left",
+        )
+    try:
+        layout = layouts.detect(values, weights.tensors)
+        report.kind = layout.name
+        skeleton = layouts.skeleton_of(layouts.config_from(values, layout, weights.tensors))
+    except ValueError as error:
+        report.add("error", str(error))
+    else:
+        report.facts |= {"base": layout.base_model_type, "pesc": skeleton.config.method.to_dict()}
+        plan = layouts.targets(skeleton, layout)
+        _report_experts(plan, weights, report)
+        for line in [*mismatches(plan, weights, tied_names(skeleton)), *rotary_problems(skeleton, weights)]:
+            if not (lost and ".moe_adapter." in line):
+                report.add("error", line)
+    _examine(weights, report)
+
+
+def _report_experts(plan: list[Target], weights: Weights, report: Report) -> None:
+    promised, present, lost = 0, 0, []
+    for target in plan:
+        if target.name.endswith("experts.down_proj"):
+            keys = [(up, up.replace("adapter_up", "adapter_down")) for up in target.sources]
+            held = [all(key in weights.tensors for key in pair) for pair in keys]
+            promised, present = promised + len(held), present + sum(held)
+            layer = f"layer {target.name.split('.')[2]}"
+            lost += [(layer, number) for number, whole in enumerate(held) if not whole]
+    report.facts |= {"experts promised": promised, "experts present": present}
+    if 0 < present < promised:
+        report.add("error", f"{len(lost)} of {promised} experts are not whole: {listed(lost)}")
+
+
+def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> None:
+    names = weights.tensors.keys()
+    counts = {key: values[key] for key in _MOE_FIELDS if isinstance(values.get(key), int) and values[key] > 1}
+    stacked = [name for name in names if ".experts." in name]
+    if counts and not stacked:
+        said = ", ".join(f"{key} {value}" for key, value in counts.items())
+        report.add("error", f"all experts are lost: the config promises them ({said}), the files hold none")
+    elif not counts:
+        report.add("note", "the config promises no experts: a dense model, as far as its files tell")
+    _examine(weights, report)
+
+
+def _compare(expected: dict[str, tuple[int, ...]], weights: Weights, report: Report) -> None:
+    for name, shape in sorted(expected.items()):
+        found = weights.tensors.get(name)
+        if found is None:
+            report.add("error", f"missing: {name}")
+        elif found.shape != shape:
+            shapes = f"{list(found.shape)} in the file, {list(shape)} by the config"
+            report.add("error", f"wrong shape: {name} is {shapes}")
+
+
+def _examine(weights: Weights, report: Report) -> None:
+    """Stream all tensors once."""
+    examination = Examination()
+    for name in sorted(weights.tensors, key=lambda name: (str(weights.tensors[name].file), name)):
+        tensor = weights.read(name)
+        examination.tensor(name, tensor)
+        if place := layouts.expert_of(name):
+            examination.expert(f"layer {place[0]}", place[1], place[2], tensor, last=place[2] == "up")
+        elif ".experts." in name and tensor.dim() == 3:
+            where, _, part = name.rpartition(".experts.")
+            for number, matrix in enumerate(tensor):
+                examination.expert(where, number, part, matrix, last=part.startswith("down_proj"))
+    examination.report(report)
+
+
+def _count_banks(shapes: dict[str, tuple[int, ...]], weights: Weights, report: Report) -> None:
+    banks = {name: shape[0] for name, shape in shapes.items() if name.endswith(".experts.down_proj")}
+    present = sum(experts for name, experts in banks.items() if name in weights.tensors)
+    report.facts |= {"experts promised": sum(banks.values()), "experts present": present}

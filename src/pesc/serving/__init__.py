@@ -1,0 +1,1 @@
+"""Crafted models behind other people's servers."""

@@ -1,0 +1,128 @@
+"""A terminal chat with a model: streaming, with history; Ctrl-C stops an answer, not the program."""
+
+from __future__ import annotations
+
+import readline  # noqa: F401  (gives input() line editing and recall of earlier lines)
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from pesc.crafting.adapter import base_of, fold, load
+from pesc.crafting.dense import load_tokenizer
+from pesc.training.data import render
+
+HELP = "Type a message. Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D leaves."
+
+
+@dataclass
+class Chat:
+    """A conversation with a model."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    console: Console
+    max_new_tokens: int = 512
+    temperature: float = 0.2
+    """0 always takes the likeliest token."""
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget the conversation."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str) -> str:
+        """Answer a message, showing the answer as it comes.
+
+        Returns:
+            The answer, or as much of it as there was when Ctrl-C stopped it; it joins the history either way.
+
+        Raises:
+            ValueError: when the conversation no longer fits the model's context; the message is not kept.
+        """
+        question = {"role": "user", "content": text}
+        prompt = render([*self.messages, question], self.tokenizer, add_generation_prompt=True)
+        batch = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.model.device)
+        room = self._context() - batch["input_ids"].shape[1]
+        if room < 1:
+            raise ValueError("the conversation is longer than the model's context: /clear forgets it")
+        streamer = _Streamer(self.tokenizer, self.console)
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 0.9} if self.temperature else {}
+        try:
+            self.model.generate(
+                **batch,
+                streamer=streamer,
+                max_new_tokens=min(self.max_new_tokens, room),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **(sampling or {"do_sample": False}),
+            )
+        except KeyboardInterrupt:
+            streamer.end()
+            self.console.print(" [dim](stopped)[/dim]", end="")
+        self.console.print()
+        self.messages += [question, {"role": "assistant", "content": streamer.text}]
+        return streamer.text
+
+    def _context(self) -> int:
+        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+class _Streamer(TextStreamer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.console = console
+        self.text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
+    """Load a model, fold its LoRA, and start a conversation.
+
+    Args:
+        model: whatever `pesc.load` takes.
+        console: where answers are shown.
+        settings: of `Chat`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `pesc.load` does, and for a tokenizer without chat template.
+    """
+    tokenizer = load_tokenizer(base_of(model))
+    render([{"role": "user", "content": ""}], tokenizer)
+    loaded = fold(load(model))
+    if torch.cuda.is_available():
+        loaded.to("cuda")
+    chat = Chat(loaded, tokenizer, console, **settings)
+    chat.clear()
+    return chat
+
+
+def converse(chat: Chat) -> None:
+    """Read messages from the terminal, or from a pipe, until its end."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        chat.console.print(HELP, style="dim")
+    while True:
+        try:
+            text = input("\n> " if interactive else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            chat.console.print("\n[dim]/exit or Ctrl-D leaves[/dim]")
+            continue
+        if text == "/exit":
+            return
+        if text == "/clear":
+            chat.clear()
+        elif text:
+            try:
+                chat.answer(text)
+            except ValueError as error:
+                chat.console.print(str(error), style="red", highlight=False)
