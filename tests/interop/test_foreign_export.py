@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from published import CAMELIDAE, FIXTURES, SPARSETRAL, crafted
@@ -61,7 +62,11 @@ def _round_trip(layout: str, family: str, dense: dict, back: str, folder: Path, 
     # grouped_mm, the default, takes only widths whose rows are a multiple of 16 bytes.
     before, loaded = (pesc.load(path, experts_implementation="eager") for path in (folder / "ours", again))
     assert loaded.config.base_model_type == back
-    assert torch.equal(loaded(tokens()).logits, before(tokens()).logits)
+    logits = loaded(tokens()).logits
+    assert torch.equal(logits, before(tokens()).logits)
+    values = json.loads((theirs / "config.json").read_text())
+    expected = oracle.logits(values, load_file(theirs / "model.safetensors"), tokens())
+    torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-5)
     return theirs
 
 

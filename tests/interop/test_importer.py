@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from published import CAMELIDAE, SPARSETRAL, Checkpoint
@@ -35,6 +36,9 @@ def _same(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("fixture", [CAMELIDAE, SPARSETRAL], ids=lambda path: path.name)
 def test_logits_are_those_of_the_authors_code(fixture: Path, tmp_path: Path) -> None:
     expected = load_file(fixture / "expected.safetensors")
+    checkpoint = Checkpoint(fixture)
+    plainly = oracle.logits(checkpoint.config, checkpoint.tensors, expected["input_ids"])
+    torch.testing.assert_close(plainly.float(), expected["logits"], atol=1e-5, rtol=0)
     folder = import_checkpoint(fixture, tmp_path / "out")
     # The reference's attention is eager; with another one, rounding alone moves router logits of 12 by 1.4e-5.
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, disturb, tiny_model
+import transformers
 from peft import LoraConfig
 from published import CAMELIDAE, SPARSETRAL, Checkpoint, crafted
 from safetensors.torch import load_file, save_file
 
+from families import FAMILIES, disturb, tiny_model
 from pesc import PescConfig, add_lora, craft, save_adapter
 from pesc.crafting.checkpoint import craft_checkpoint
 from pesc.interop.importer import import_checkpoint
@@ -22,7 +23,7 @@ def _messages(report: Report, severity: str = "error") -> list[str]:
     return [finding.message for finding in report.findings if finding.severity == severity]
 
 
-def _change(folder: Path, **changes) -> Path:  # noqa: ANN003
+def _change(folder: Path, **changes) -> Path:
     """Replace (or, with None, drop) tensors of a folder by their names, dots written as __."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -188,14 +189,51 @@ def test_keys_without_a_config_that_says_so_are_judged_too(tmp_path: Path) -> No
     assert "the config lacks topk, adapter_dim, moe_scaling" in _messages(verify(checkpoint.save(tmp_path)))[0]
 
 
-def test_dense_and_other_models(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "dense")
-    report = verify(tmp_path / "dense")
+def test_dense_models_promise_nothing(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    report = verify(tmp_path)
     assert report.whole
     assert "no experts" in _messages(report, "note")[0]
-    values = json.loads((tmp_path / "dense" / "config.json").read_text())
-    (tmp_path / "dense" / "config.json").write_text(json.dumps(values | {"num_local_experts": 8}))
-    assert "num_local_experts 8" in _messages(verify(tmp_path / "dense"))[0]
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"num_local_experts": 8}))
+    assert "all experts are lost" in _messages(verify(tmp_path))[0]
+    assert "num_local_experts 8" in _messages(verify(tmp_path))[0]
+
+
+STOCK = {
+    "GraniteMoeShared": {"shared_intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2Moe": {
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_architectures(name: str, tmp_path: Path) -> None:
+    dense = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    config = getattr(transformers, f"{name}Config")(**dense, num_key_value_heads=2, **STOCK[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(tmp_path)
+    report = verify(tmp_path)
+    assert report.whole, report.findings
+    assert (report.facts["experts promised"], report.facts["experts present"]) == (12, 12)
+    experts = [key for key in load_file(tmp_path / "model.safetensors") if "moe." in key or ".experts." in key]
+    part = [key for key in experts if ".1." in key and (".experts.3." in key or "output_linear" in key)][-1]
+    assert "experts are lost" in _messages(verify(_change(tmp_path, **{part: None})))[0]
+    layer = {key: None for key in experts if "layers.2." in key}
+    assert "2 of 3 layers have experts" in _messages(verify(_change(tmp_path, **layer)))[0]
 
 
 def _adapter(folder: Path, lora: bool = True) -> Path:

@@ -113,7 +113,8 @@ def _check_dense(fields: dict[str, Any], tensors: dict[str, Any], file: Path, re
         report.add(
             "error",
             f"all experts are lost: the file was made from a model with experts ({'; '.join(said)}), but "
-            f"holds a dense {fields.get('general.architecture')} model; its converter left them out without a word",
+            f"holds a dense {fields.get('general.architecture')} model; its converter left "
+            "them out without a word",
         )
     else:
         report.add("note", "the metadata promises no experts: a dense model, as far as the file tells")

