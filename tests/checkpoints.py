@@ -42,6 +42,7 @@ def tiny_dense(folder: Path, seed: int = 0, **save: str) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=0.2,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,

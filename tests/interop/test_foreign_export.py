@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from published import CAMELIDAE, FIXTURES, SPARSETRAL, crafted
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import pesc
@@ -19,26 +19,26 @@ from pesc.interop.foreign_export import export_layout
 from pesc.interop.importer import import_checkpoint
 from pesc.interop.layouts import config_from, detect
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "layer_types": None}
+SHAPES = {"hidden_size": 40, "head_dim": 10, "num_hidden_layers": 5, "vocab_size": 97}
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+GATED = {"adapter_placement": "parallel", "adapter_activation": "swiglu"}
 # (layout, base family, what differs in the dense config, the family it comes back as)
 CASES = {
     "llama": ("camelidae", "llama", {}, "llama"),
     "no GQA": ("camelidae", "llama", {"num_key_value_heads": 4}, "llama"),
-    "other shapes": ("camelidae", "llama", {"hidden_size": 40, "head_dim": 10, "num_hidden_layers": 5, "vocab_size": 97}, "llama"),
+    "other shapes": ("camelidae", "llama", SHAPES, "llama"),
     "one layer": ("sparsetral", "llama", {"num_hidden_layers": 1}, "mistral"),
     "tied": ("camelidae", "llama", {"tie_word_embeddings": True}, "llama"),
     "rope theta": ("camelidae", "llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, "llama"),
-    "rope scaling": (
-        "camelidae", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "llama",
-    ),
+    "rope scaling": ("camelidae", "llama", LINEAR, "llama"),
     "window": ("sparsetral", "mistral", {"sliding_window": 3}, "mistral"),
     "no window": ("sparsetral", "mistral", {"sliding_window": None}, "mistral"),
     "mistral in camelidae": ("camelidae", "mistral", {"sliding_window": None}, "llama"),
     "llama in sparsetral": ("sparsetral", "llama", {"num_key_value_heads": 4}, "mistral"),
     "QKV biases": ("camelidae", "qwen2", {}, "qwen2"),
-    "QKV biases and window": (
-        "camelidae", "qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "layer_types": None}, "qwen2",
-    ),
-}  # fmt: skip
+    "QKV biases and window": ("camelidae", "qwen2", WINDOW, "qwen2"),
+}
 METHODS = [
     {},
     {"num_experts": 3, "num_experts_per_tok": 3, "adapter_dim": 5},
@@ -149,7 +149,7 @@ def test_shards_hold_what_one_file_does(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("layout", "family", "dense", "method", "reason"),
     [
-        ("camelidae", "llama", {}, {"adapter_placement": "parallel", "adapter_activation": "swiglu"}, "granitemoeshared"),
+        ("camelidae", "llama", {}, GATED, "granitemoeshared"),
         ("camelidae", "llama", {}, {"adapter_activation": "swiglu"}, r"sequential \+ swiglu.*--format pesc"),
         ("sparsetral", "llama", {}, {"num_experts": [4, 2, 4]}, r"num_experts \(\[4, 2, 4\]\) differs between layers"),
         ("camelidae", "llama", {}, {"layers": [0, 2]}, r"only layers \[0, 2\] have experts"),
@@ -158,12 +158,9 @@ def test_shards_hold_what_one_file_does(tmp_path: Path, monkeypatch: pytest.Monk
         ("camelidae", "mistral", {}, {}, r"its sliding_window \(8\).*--format sparsetral"),
         ("camelidae", "llama", {"attention_bias": True}, {}, "its Llama base has biases"),
         ("camelidae", "llama", {"head_dim": 16}, {}, r"its head_dim \(16\)"),
-        (
-            "sparsetral", "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, {}, "its rope_type is 'linear'",
-        ),
+        ("sparsetral", "llama", LINEAR, {}, "its rope_type is 'linear'"),
     ],
-)  # fmt: skip
+)
 def test_what_a_layout_cannot_hold_is_refused_with_a_way_out(
     layout: str, family: str, dense: dict, method: dict, reason: str, tmp_path: Path
 ) -> None:
@@ -177,8 +174,6 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     crafted(tmp_path / "ours")
     tensors = load_file(tmp_path / "ours" / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.down_proj"]
-    from safetensors.torch import save_file
-
     save_file(tensors, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.experts\.down_proj"):
         export_layout(tmp_path / "ours", tmp_path / "theirs", "camelidae")

@@ -119,14 +119,19 @@ def test_untouched_experts_are_a_warning(tmp_path: Path) -> None:
     tensors["blk.0.ffn_down_exps.weight"][1] = 0
     report = verify(_write(tmp_path / "model.gguf", tensors, quantized=True))
     assert report.whole
-    assert "1 experts are untouched" in report.findings[0].message
+    assert "untouched experts: 1 (" in report.findings[0].message
     assert "block 0: 1" in report.findings[0].message
 
 
 @pytest.mark.parametrize(
-    ("file", "name"), [("m.gguf", "hywu_camelidae-8x7b"), ("m.gguf", "Sparsetral 16x7B v2"), ("m.gguf", "my PESC model"),
-                       ("camelidae-8x7b.Q4_K_M.gguf", "LLaMA v2")],
-)  # fmt: skip
+    ("file", "name"),
+    [
+        ("m.gguf", "hywu_camelidae-8x7b"),
+        ("m.gguf", "Sparsetral 16x7B v2"),
+        ("m.gguf", "my PESC model"),
+        ("camelidae-8x7b.Q4_K_M.gguf", "LLaMA v2"),
+    ],
+)
 def test_a_dense_file_of_a_model_with_experts_has_lost_them(file: str, name: str, tmp_path: Path) -> None:
     tensors = _tensors()
     _drop_all(tensors)

@@ -53,7 +53,7 @@ def test_crafted_checkpoints_on_disk_are_whole_and_untouched(tmp_path: Path) -> 
     report = verify(tmp_path / "ours")
     assert report.whole
     assert report.facts["untouched experts"] == 12
-    assert "all experts are untouched" in _messages(report, "warning")[0]
+    assert "untouched experts: all" in _messages(report, "warning")[0]
 
 
 def test_lost_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_spoiled_values_are_found(tmp_path: Path) -> None:
     errors, warnings = _messages(report), _messages(report, "warning")
     assert not report.whole
     assert errors[0] == "model.norm.weight holds 3 NaN and 1 inf"
-    assert errors[1].startswith("1 experts are blank") and "model.layers.2.mlp: 0" in errors[1]
+    assert errors[1].startswith("blank experts: 1 (") and "model.layers.2.mlp: 0" in errors[1]
     assert errors[2] == "2 experts are duplicates, bit for bit: model.layers.0.mlp: 2, 3"
     assert "dtypes are mixed" in warnings[0] and "1 tensors of bfloat16" in warnings[0]
-    assert "1 experts are untouched" in warnings[1] and "model.layers.0.mlp: 1" in warnings[1]
+    assert "untouched experts: 1 (" in warnings[1] and "model.layers.0.mlp: 1" in warnings[1]
 
 
 def test_untouched_experts_alone_do_not_fail(tmp_path: Path) -> None:

@@ -73,12 +73,15 @@ class Examination:
 
     def values(self, name: str, tensor: torch.Tensor) -> None:
         """Look for NaN and inf."""
-        wide = tensor if tensor.element_size() > 1 else tensor.float()
-        finite = wide.isfinite()
-        if not finite.all():
-            nans = int(wide.isnan().sum())
-            infinite = int(finite.numel() - finite.sum()) - nans
-            counts = ((nans, "NaN"), (infinite, "inf"))
+        nans = infinite = 0
+        # In pieces, since the look at a tensor takes several times its memory.
+        for piece in tensor.reshape(-1).split(1 << 20):
+            wide = piece if piece.element_size() > 1 else piece.float()
+            if not wide.isfinite().all():
+                nans += int(wide.isnan().sum())
+                infinite += int(wide.isinf().sum())
+        counts = ((nans, "NaN"), (infinite, "inf"))
+        if nans or infinite:
             self._unsound[name] = " and ".join(f"{count} {what}" for count, what in counts if count)
 
     def expert(self, where: str, number: int, part: str, tensor: torch.Tensor, *, last: bool) -> None:
@@ -113,21 +116,16 @@ class Examination:
         if blank:
             report.add(
                 "error",
-                f"{len(blank)} experts are blank, all their matrices zero, as neither crafting nor training "
-                f"leaves them (filled in by a converter?): {listed(blank)}",
+                f"blank experts: {len(blank)} (all their matrices are zero, as neither crafting nor training leaves "
+                f"them: filled in by a converter?): {listed(blank)}",
             )
+        report.facts["untouched experts"] = len(untouched)
         untouched = [place for place in untouched if place not in blank]
-        report.facts["untouched experts"] = len(untouched) + len(blank)
+        why = "their second matrix is zero, so they add nothing"
         if untouched and len(untouched) == len(self._zero):
-            report.add(
-                "warning",
-                "all experts are untouched (zero second matrix): freshly crafted, it computes what its dense base does",
-            )
+            report.add("warning", f"untouched experts: all ({why}): freshly crafted, it computes what its base does")
         elif untouched:
-            report.add(
-                "warning",
-                f"{len(untouched)} experts are untouched (zero second matrix: they add nothing): {listed(untouched)}",
-            )
+            report.add("warning", f"untouched experts: {len(untouched)} ({why}): {listed(untouched)}")
 
     def _report_duplicates(self, report: Report) -> None:
         same: dict[tuple[tuple[str, bytes], ...], list[tuple[str, int]]] = defaultdict(list)

@@ -19,6 +19,8 @@ from pesc.crafting.dense import read_json
 BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 SHARD_BYTES = 2 * 1024**3
+REOPEN_BYTES = 256 * 1024**2
+"""After so many bytes read, a file is opened anew, since mapped pages stay with the process while it is open."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 
 
@@ -48,6 +50,7 @@ class Weights:
         self.files = weight_files(folder) if files is None else files
         self.tensors: dict[str, TensorInfo] = {}
         self._open: tuple[Path, Any] | None = None
+        self._touched = 0
         for file in self.files:
             self.tensors |= self._list(file)
 
@@ -61,9 +64,13 @@ class Weights:
         file = self.tensors[name].file
         tensors = self._opened(file)
         try:
-            return tensors[name] if isinstance(tensors, dict) else tensors.get_tensor(name)
+            tensor = tensors[name] if isinstance(tensors, dict) else tensors.get_tensor(name)
         except SafetensorError as error:
             raise _damaged(file, error) from error
+        self._touched += tensor.numel() * tensor.element_size()
+        if self._touched > REOPEN_BYTES:
+            self._open = None
+        return tensor
 
     def _list(self, file: Path) -> dict[str, TensorInfo]:
         tensors = self._opened(file)
@@ -81,7 +88,7 @@ class Weights:
 
     def _opened(self, file: Path) -> Any:
         if self._open is None or self._open[0] != file:
-            self._open = None  # the file before is let go first: an old .bin lies whole in memory
+            self._open, self._touched = None, 0  # let go first: a .bin of the oldest format lies whole in memory
             self._open = (file, _load_bin(file) if file.suffix == ".bin" else _open_safetensors(file))
         return self._open[1]
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
+import torch
 import yaml
-from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, set_seed
@@ -67,7 +68,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         trainer = PescTrainer(
             build_model(recipe),
             args=_arguments(recipe),
-            train_dataset=Dataset.from_list(encoded.rows),
+            train_dataset=datasets.Dataset.from_list(encoded.rows),
             processing_class=tokenizer,
             callbacks=[writer],
         )
@@ -152,6 +153,7 @@ def _arguments(recipe: Recipe) -> SFTConfig:
         logging_steps=1,
         save_steps=recipe.save_steps,
         save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
         seed=recipe.seed,
@@ -167,6 +169,7 @@ def _quiet_libraries() -> Iterator[None]:
     level = trl_logger.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     trl_logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -175,5 +178,6 @@ def _quiet_libraries() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         trl_logger.setLevel(level)
+        datasets.enable_progress_bars()
         if bars:
             transformers_logging.enable_progress_bar()

@@ -1,0 +1,186 @@
+"""Training: it learns, trains what it should, and resumes where it stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_dense, write_rows
+from rich.console import Console
+from safetensors.torch import load_file
+
+import pesc.training.train as training
+from pesc import PescConfig, load, train
+from pesc.crafting.adapter import adapter_tensors
+from pesc.crafting.info import describe
+from pesc.training.recipe import LoraSettings, Recipe
+from pesc.training.trainer import PescTrainer
+
+METHOD = PescConfig(num_experts=4, adapter_dim=8)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def make_recipe(tmp_path: Path, **changes) -> Recipe:  # noqa: ANN003
+    if not (tmp_path / "dense").exists():
+        tiny_dense(tmp_path / "dense")
+        write_rows(tmp_path / "rows.jsonl")
+    settings = {
+        "model": str(tmp_path / "dense"),
+        "output": tmp_path / "run",
+        "train_data": tmp_path / "rows.jsonl",
+        "method": METHOD,
+        "lora": LoraSettings(r=4, alpha=8),
+        "steps": 6,
+        "batch_size": 2,
+        "max_length": 128,
+        "learning_rate": 1e-2,
+        "warmup_ratio": 0.0,
+        "save_steps": 2,
+    }
+    return Recipe(**(settings | changes))
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> None:
+    adapter = train(make_recipe(tmp_path, steps=30, save_steps=10, learning_rate=0.03, max_grad_norm=5.0), console)
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    assert sum(line["loss"] for line in lines[-5:]) < 0.8 * sum(line["loss"] for line in lines[:5])
+    assert all(0 < line["balance"] <= 1 and line["aux_loss"] >= 3.5 for line in lines)
+    assert lines[-1]["tokens"] > lines[0]["tokens"] > 0
+    assert describe(adapter).untouched == []
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "metrics.jsonl",
+        "recipe.yaml",
+    }
+    assert "loss" in console.file.getvalue()
+
+
+def test_everything_that_should_train_does_and_nothing_else(tmp_path: Path, console: Console) -> None:
+    recipe = make_recipe(tmp_path, method=PescConfig(num_experts=2, adapter_dim=8), steps=4)
+    start = training.build_model(recipe)
+    before = {name: p.detach().clone() for name, p in start.named_parameters()}
+    train(recipe, console)
+    after = dict(load(recipe.output).named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(adapter_tensors(start))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": None},
+        {"lora": None},
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"method": PescConfig(num_experts=4, adapter_dim=8, adapter_placement="parallel", adapter_activation="swiglu")},
+        {"steps": None, "epochs": 0.5},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_every_way_to_train_runs(tmp_path: Path, console: Console, changes: dict) -> None:
+    recipe = make_recipe(tmp_path, **({"steps": 2} | changes))
+    train(recipe, console)
+    lines = metrics(tmp_path / "run")
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+    assert ("balance" in lines[0]) == (recipe.method is not None)
+    assert load(recipe.output)(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    plain, calls = PescTrainer.training_step, iter(range(1000))
+
+    def step(self, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+        if next(calls) == steps:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(PescTrainer, "training_step", step)
+
+
+def test_an_interrupted_run_resumes_to_the_same_end(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(make_recipe(tmp_path, output=tmp_path / "whole"), console)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _interrupt_after(patch, 5)
+        train(make_recipe(tmp_path), console)
+    assert not (tmp_path / "run" / "adapter").exists()
+    resumed = train(make_recipe(tmp_path), console)
+    one, other = load_file(whole / "adapter.safetensors"), load_file(resumed / "adapter.safetensors")
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    first, second = metrics(tmp_path / "whole"), metrics(tmp_path / "run")
+    assert [line["step"] for line in second] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in first] == [line["tokens"] for line in second]
+    assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], rel=1e-5)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, console: Console) -> None:
+    recipe = make_recipe(tmp_path)
+    train(recipe, console)
+    (recipe.output / "checkpoints" / "checkpoint-99").mkdir()
+    assert training.last_checkpoint(recipe.output) == str(recipe.output / "checkpoints" / "checkpoint-6")
+
+
+def test_a_complete_run_is_left_alone_and_another_recipe_refused(tmp_path: Path, console: Console) -> None:
+    adapter = train(make_recipe(tmp_path), console)
+    stamp = (adapter / "adapter.safetensors").stat().st_mtime_ns
+    assert train(make_recipe(tmp_path), console) == adapter
+    assert (adapter / "adapter.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match=r"another recipe \(steps: 6 there, 7 asked for\)"):
+        train(make_recipe(tmp_path, steps=7), console)
+
+
+def test_dense_and_crafted_runs_see_the_same_data_in_the_same_order(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list] = {}
+    for name, method in (("dense", None), ("pesc", METHOD)):
+        batches: list = []
+        plain = PescTrainer.training_step
+
+        def step(self, model, inputs, *args, batches=batches, plain=plain):  # noqa: ANN001, ANN002, ANN202
+            batches.append(inputs["input_ids"].tolist())
+            return plain(self, model, inputs, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PescTrainer, "training_step", step)
+            train(make_recipe(tmp_path, output=tmp_path / name, method=method), console)
+        seen[name] = batches
+    assert seen["dense"] == seen["pesc"]
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, console: Console) -> None:
+    """The language model's part exactly; the balance loss is a mean over micro-batches, so its weight is 0 here."""
+    method = PescConfig(num_experts=4, adapter_dim=8, router_aux_loss_coef=0.0)
+    runs = []
+    for name, batch, accumulate in (("one", 4, 1), ("two", 2, 2)):
+        recipe = make_recipe(
+            tmp_path,
+            output=tmp_path / name,
+            method=method,
+            batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            steps=2,
+        )
+        runs.append(load_file(train(recipe, console) / "adapter.safetensors"))
+    assert all(torch.allclose(runs[0][name], runs[1][name], atol=1e-4) for name in runs[0])
+
+
+def test_rows_that_do_not_fit_are_told(tmp_path: Path, console: Console) -> None:
+    with pytest.raises(ValueError, match="no row with anything to learn within 16 tokens"):
+        train(make_recipe(tmp_path, max_length=16), console)
+    assert "12 of 12 rows were cut to 16 tokens; 12 dropped" in console.file.getvalue()
