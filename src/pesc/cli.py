@@ -20,6 +20,7 @@ app = App(
     help="Turn a dense language model into a Mixture of Experts while instruction-tuning it.",
     version=pesc.__version__,
     help_format="markdown",
+    suppress_keyboard_interrupt=False,
 )
 
 

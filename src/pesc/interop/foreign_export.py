@@ -68,8 +68,7 @@ def export_layout(model_folder: str | Path, out: Path, layout: Literal["camelida
     if config.model_type != "pesc":
         raise ValueError(f"{model_folder} (model_type {config.model_type!r}) is no crafted model: craft it first")
     source = _source_of(config, layout)
-    refusals = _method_refusals(config) or ([] if source else _dense_refusals(config, layout))
-    if refusals:
+    if refusals := _method_refusals(config) or ([] if source else _dense_refusals(config, layout)):
         raise ValueError(f"the {layout} layout cannot hold {model_folder}: " + "; ".join(refusals))
     foreign = _layout_of(config, layout, source)
     weights = Weights(folder)

@@ -137,6 +137,7 @@ def _check_adapter(folder: Path, report: Report) -> None:
     report.facts |= {key: settings.get(key) for key in ("base_model", "pesc", "lora")}
     try:
         expected = _adapter_shapes(settings)
+        found = weights_hash(resolve(settings["base_model"]))
     except FileNotFoundError as error:
         report.add("warning", f"the base is not within reach, so nothing was compared with it ({error})")
     except (KeyError, TypeError) as error:
@@ -146,7 +147,6 @@ def _check_adapter(folder: Path, report: Report) -> None:
         for name in sorted(weights.tensors.keys() - expected.keys()):
             report.add("error", f"unexpected: {name}")
         _count_banks(expected, weights, report)
-        found = weights_hash(resolve(settings["base_model"]))
         if found != settings["base_sha256"]:
             report.add(
                 "error",

@@ -20,7 +20,7 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 BIN_SINGLE = "pytorch_model.bin"
 SHARD_BYTES = 2 * 1024**3
 REOPEN_BYTES = 256 * 1024**2
-"""After so many bytes read, a file is opened anew, since mapped pages stay with the process while it is open."""
+"""After so many bytes read, a safetensors file is opened anew: its pages stay with the process while it is open."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 
 
@@ -68,7 +68,7 @@ class Weights:
         except SafetensorError as error:
             raise _damaged(file, error) from error
         self._touched += tensor.numel() * tensor.element_size()
-        if self._touched > REOPEN_BYTES:
+        if self._touched > REOPEN_BYTES and not isinstance(tensors, dict):
             self._open = None
         return tensor
 

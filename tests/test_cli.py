@@ -1,0 +1,80 @@
+"""The command line: help is fast and has examples, mistakes get a sentence and an exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import tiny_dense, write_rows
+
+from pesc.cli import app, main
+
+VERBS = ["demo", "craft", "train", "info", "chat"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert f"pesc {verb}" in capsys.readouterr().out.split("Example")[1]
+
+
+def test_help_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from pesc.cli import main; main(['--help']); assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_craft_info_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, out = str(tiny_dense(tmp_path / "dense")), str(tmp_path / "out")
+    assert main(["craft", dense, out, "--num-experts", "4", "--adapter-dim", "8"]) == 0
+    assert "4 in every layer, top 2" in capsys.readouterr().out
+    assert main(["info", out, "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["pesc"]["num_experts"], len(info["untouched"])) == (4, 8)
+    recipe = tmp_path / "recipe.yaml"
+    rows = write_rows(tmp_path / "rows.jsonl")
+    recipe.write_text(f"model: {dense}\noutput: {tmp_path / 'run'}\ntrain_data: {rows}\nmax_length: 128\n")
+    changes = ["method.num_experts=4", "method.adapter_dim=8", "lora.r=4", "steps=2"]
+    assert main(["train", str(recipe), *changes]) == 0
+    assert "pesc chat" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert "adapter of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inof"], 2, "inof"),
+        (["craft", "a"], 2, "requires an argument"),
+        (["craft", "a", "b", "--num-expert", "3"], 2, "Did you mean --num-experts"),
+        (["craft", "a", "b", "--num-experts", "0"], 1, "num_experts (0) must be an integer of at least 1"),
+        (["info", "/no/such/model"], 1, "no such folder"),
+        (["chat", "/no/such/model"], 1, "no such folder"),
+        (["train", "/no/such/recipe.yaml"], 1, "no such recipe"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_no_traceback(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    output = capsys.readouterr()
+    text = " ".join((output.out + output.err).replace("│", " ").split())
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pesc.crafting.info.describe", interrupted)
+    assert main(["info", "x"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_all_verbs_are_tested() -> None:
+    assert {name for name in app if not name.startswith("-")} == set(VERBS)

@@ -1,0 +1,32 @@
+"""A crafted model in trl's own SFTTrainer, without ours: it trains, router included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from checkpoints import tiny_dense, tiny_tokenizer
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from pesc import PescConfig, craft
+from pesc.crafting.adapter import train_experts
+from pesc.crafting.dense import load_model
+from pesc.crafting.surgery import expert_parameters
+
+
+def test_trl_trains_experts_and_router(tmp_path: Path) -> None:
+    model = craft(load_model(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=4, adapter_dim=8))
+    train_experts(model)
+    before = {name: p.detach().clone() for name, p in expert_parameters(model).items()}
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(str(tmp_path / "run"), max_steps=3, bf16=False, report_to="none", save_strategy="no"),
+        train_dataset=Dataset.from_list([{"text": "count to three: one two three"}] * 8),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.aux_loss_enabled
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    assert not any(torch.equal(before[name], p) for name, p in expert_parameters(model).items())
+    assert model.config.method.router_aux_loss_coef == 0.01
