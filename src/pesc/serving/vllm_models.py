@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.registry import ModelRegistry
 
@@ -174,6 +175,8 @@ def _ffn_name(path: str, layer: nn.Module, hidden_size: int) -> str:
 
 
 def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
+    if any(isinstance(child, AttentionLayerBase) for child in module.modules()):
+        return False
     linears = [child for child in module.modules() if isinstance(child, LinearBase)]
     reads = any(linear.input_size == hidden_size for linear in linears)
     writes = any(linear.output_size == hidden_size for linear in linears)
