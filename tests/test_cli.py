@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_dense, write_rows
 
+from checkpoints import tiny_dense, write_rows
 from pesc.cli import app, main
 
 VERBS = ["demo", "craft", "train", "info", "chat"]

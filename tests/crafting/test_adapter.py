@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import tiny_dense
-from families import disturb
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import pesc
+from checkpoints import tiny_dense
+from families import disturb
 from pesc import PescConfig, craft
 from pesc.crafting.adapter import adapter_tensors
 from pesc.crafting.dense import load_model
@@ -23,7 +23,7 @@ IDS = torch.arange(3, 14).unsqueeze(0)
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 
 
-def tuned(base: Path, method: PescConfig | None = PescConfig(num_experts=4, adapter_dim=8)):  # noqa: ANN201, B008
+def tuned(base: Path, method: PescConfig | None = PescConfig(num_experts=4, adapter_dim=8)):  # noqa: B008
     """A model with random experts and LoRA."""
     model = load_model(base)
     if method is not None:

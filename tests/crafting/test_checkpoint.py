@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import tiny_dense
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pesc.crafting.checkpoint as checkpoint
+from checkpoints import tiny_dense
 from pesc import PescConfig, craft_checkpoint
 from pesc.crafting.surgery import expert_parameters
 

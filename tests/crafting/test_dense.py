@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_dense
 
+from checkpoints import tiny_dense
 from pesc.crafting.dense import load_config, load_model, load_tokenizer, resolve
 
 

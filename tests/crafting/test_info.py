@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import tiny_dense
-from families import disturb
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import pesc
+from checkpoints import tiny_dense
+from families import disturb
 from pesc import PescConfig, craft, craft_checkpoint
 from pesc.crafting.dense import load_model
 from pesc.crafting.info import describe

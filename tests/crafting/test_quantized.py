@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import tiny_dense
-from families import disturb
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from checkpoints import tiny_dense
+from families import disturb
 from pesc import PescConfig, craft
 from pesc.crafting.dense import load_model
 from pesc.crafting.surgery import crafted_ffns, expert_parameters

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from checkpoints import tiny_dense, write_rows
 from families import disturb
-
 from pesc import PescConfig, craft
 from pesc.crafting.dense import load_model, load_tokenizer
 from pesc.evaluation.answers import generate_answers
@@ -18,13 +18,13 @@ from pesc.training.data import encode_messages, read_rows
 
 
 @pytest.fixture
-def setting(tmp_path: Path):  # noqa: ANN201
+def setting(tmp_path: Path):
     folder = tiny_dense(tmp_path / "dense")
     model = disturb(craft(load_model(folder), PescConfig(num_experts=4, adapter_dim=8)))
     return model, load_tokenizer(folder), read_rows(write_rows(tmp_path / "rows.jsonl"))
 
 
-def test_row_scores_are_the_models_own_loss(setting) -> None:  # noqa: ANN001
+def test_row_scores_are_the_models_own_loss(setting) -> None:
     model, tokenizer, rows = setting
     scores = score_rows(model, tokenizer, rows, batch_size=5)
     for row, score in zip(rows, scores.rows, strict=True):
@@ -34,7 +34,7 @@ def test_row_scores_are_the_models_own_loss(setting) -> None:  # noqa: ANN001
         assert score.domain == row["domain"]
 
 
-def test_batches_and_padding_change_nothing(setting) -> None:  # noqa: ANN001
+def test_batches_and_padding_change_nothing(setting) -> None:
     model, tokenizer, rows = setting
     one, many = (score_rows(model, tokenizer, rows, batch_size=size) for size in (1, 12))
     assert [row.nll for row in one.rows] == pytest.approx([row.nll for row in many.rows], rel=1e-4)
@@ -42,7 +42,7 @@ def test_batches_and_padding_change_nothing(setting) -> None:  # noqa: ANN001
         assert all(torch.equal(a, b) for a, b in zip(one.counts[domain], many.counts[domain], strict=True))
 
 
-def test_expert_counts_cover_every_token_twice(setting) -> None:  # noqa: ANN001
+def test_expert_counts_cover_every_token_twice(setting) -> None:
     model, tokenizer, rows = setting
     scores = score_rows(model, tokenizer, rows)
     tokens = sum(len(encode_messages(row["messages"], tokenizer)[0]) for row in rows)
@@ -65,7 +65,7 @@ def test_paired_difference_and_its_error() -> None:
     assert math.isnan(difference["b"][1])
 
 
-def test_answers_in_a_batch_are_those_of_each_prompt_alone(setting) -> None:  # noqa: ANN001
+def test_answers_in_a_batch_are_those_of_each_prompt_alone(setting) -> None:
     model, tokenizer, _ = setting
     prompts = ["count to 3", "a much longer prompt than that one"]
     together = generate_answers(model, tokenizer, prompts, max_new_tokens=10)

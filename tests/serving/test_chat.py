@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_dense
 from rich.console import Console
 
 import pesc.serving.chat as serving
+from checkpoints import tiny_dense
 from pesc import craft_checkpoint
 from pesc.config import PescConfig
 from pesc.serving.chat import Chat, converse, open_chat
@@ -37,7 +37,7 @@ def test_answers_stream_and_join_the_history(chat: Chat) -> None:
 def test_ctrl_c_keeps_what_was_said(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, pieces = serving._Streamer.on_finalized_text, []
 
-    def interrupted(self, text: str, stream_end: bool = False) -> None:  # noqa: ANN001
+    def interrupted(self, text: str, stream_end: bool = False) -> None:
         plain(self, text, stream_end)
         pieces.append(text)
         if len(pieces) == 3:

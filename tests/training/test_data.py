@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_tokenizer
 
+from checkpoints import tiny_tokenizer
 from pesc.training.data import IGNORED, encode_messages, encode_rows, read_rows
 
 TURNS = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from checkpoints import tiny_dense, tiny_tokenizer
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from checkpoints import tiny_dense, tiny_tokenizer
 from pesc import PescConfig, craft
 from pesc.crafting.adapter import train_experts
 from pesc.crafting.dense import load_model

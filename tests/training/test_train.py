@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import tiny_dense, write_rows
 from rich.console import Console
 from safetensors.torch import load_file
 
 import pesc.training.train as training
+from checkpoints import tiny_dense, write_rows
 from pesc import PescConfig, load, train
 from pesc.crafting.adapter import adapter_tensors
 from pesc.crafting.info import describe
@@ -27,7 +27,7 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=120)
 
 
-def make_recipe(tmp_path: Path, **changes) -> Recipe:  # noqa: ANN003
+def make_recipe(tmp_path: Path, **changes) -> Recipe:
     if not (tmp_path / "dense").exists():
         tiny_dense(tmp_path / "dense")
         write_rows(tmp_path / "rows.jsonl")
@@ -103,7 +103,7 @@ def test_every_way_to_train_runs(tmp_path: Path, console: Console, changes: dict
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     plain, calls = PescTrainer.training_step, iter(range(1000))
 
-    def step(self, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+    def step(self, *args, **kwargs):
         if next(calls) == steps:
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
@@ -152,7 +152,7 @@ def test_dense_and_crafted_runs_see_the_same_data_in_the_same_order(
         batches: list = []
         plain = PescTrainer.training_step
 
-        def step(self, model, inputs, *args, batches=batches, plain=plain):  # noqa: ANN001, ANN002, ANN202
+        def step(self, model, inputs, *args, batches=batches, plain=plain):
             batches.append(inputs["input_ids"].tolist())
             return plain(self, model, inputs, *args)
 

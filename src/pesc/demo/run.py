@@ -27,6 +27,7 @@ from pesc.evaluation.answers import generate_answers
 from pesc.evaluation.held_out import Scores, paired_difference, score_rows
 from pesc.observe.memory import measure_peak_memory
 from pesc.observe.report import write_report
+from pesc.quiet import quiet_libraries
 from pesc.training.data import read_rows
 from pesc.training.progress import METRICS
 from pesc.training.recipe import LoraSettings, Recipe
@@ -90,7 +91,7 @@ def run_demo(output: Path, console: Console) -> Path:
         FileNotFoundError: when a package of `make setup` is missing, with the command that installs it.
     """
     stages = _Stages(console)
-    with stages.stage("model", f"1/6  The dense model: {EMBEDDED}"):
+    with stages.stage("model", f"1/6  The dense model: {EMBEDDED}"), quiet_libraries():
         resolve(EMBEDDED)
     with stages.stage("data", "2/6  Three domains: chat, code, math"):
         mixture = build_mixture(output / "data", ROWS_PER_DOMAIN, HELD_OUT_PER_DOMAIN, seed=0)
@@ -122,7 +123,8 @@ def _compare(output: Path, recipe: Recipe, mixture: MixtureInfo, console: Consol
     models, answers = [], {}
     for name, path in ((BASE, EMBEDDED), (DENSE, output / "dense"), (PESC, output)):
         console.print(f"  {_TITLES[name]} …")
-        model = load(path)
+        with quiet_libraries():
+            model = load(path)
         counts = dataclasses.asdict(count_parameters(model))
         fold(model)
         scores[name] = score_rows(model, tokenizer, rows, max_length=recipe.max_length)

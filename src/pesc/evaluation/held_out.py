@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.crafting.surgery import crafted_ffns
@@ -16,6 +15,7 @@ from pesc.method.losses import token_mask
 from pesc.method.router import record_router_logits
 from pesc.observe.routing import expert_counts
 from pesc.training.data import IGNORED, encode_messages
+from pesc.training.loss import summed_loss
 
 
 @dataclass
@@ -80,10 +80,7 @@ def score_rows(
         chosen = order[start : start + batch_size]
         input_ids, labels, mask = _pad([encoded[i] for i in chosen], max_length, tokenizer.pad_token_id)
         with record_router_logits(model) as router_logits:
-            logits = model(
-                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).logits
-        nll = _row_nll(logits, labels.to(logits.device))
+            nll = summed_loss(model, input_ids.to(model.device), mask.to(model.device), labels.to(model.device))
         for i, row_nll, row_labels in zip(chosen, nll.tolist(), labels, strict=True):
             scores[i] = RowScore(rows[i]["domain"], row_nll, int((row_labels[1:] != IGNORED).sum()))
         _count_experts(model, router_logits, mask, [rows[i]["domain"] for i in chosen], counts)
@@ -133,16 +130,6 @@ def _pad(
         labels[i, :length] = torch.tensor(row_labels[:length])
         mask[i, :length] = 1
     return input_ids, labels, mask
-
-
-def _row_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    # A row at a time: the logits of a batch in fp32 twice over would be the peak of the whole program.
-    return torch.stack(
-        [
-            F.cross_entropy(row[:-1].float(), row_labels[1:], ignore_index=IGNORED, reduction="sum")
-            for row, row_labels in zip(logits, labels, strict=True)
-        ]
-    )
 
 
 def _count_experts(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pesc.crafting.adapter import base_of, fold, load
 from pesc.crafting.dense import load_tokenizer
+from pesc.quiet import quiet_libraries
 from pesc.training.data import render
 
 HELP = "Type a message. Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D leaves."
@@ -94,9 +95,10 @@ def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
     Raises:
         FileNotFoundError, ValueError: as `pesc.load` does, and for a tokenizer without chat template.
     """
-    tokenizer = load_tokenizer(base_of(model))
-    render([{"role": "user", "content": ""}], tokenizer)
-    loaded = fold(load(model))
+    with quiet_libraries():
+        tokenizer = load_tokenizer(base_of(model))
+        render([{"role": "user", "content": ""}], tokenizer)
+        loaded = fold(load(model))
     if torch.cuda.is_available():
         loaded.to("cuda")
     chat = Chat(loaded, tokenizer, console, **settings)

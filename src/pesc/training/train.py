@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -14,13 +10,13 @@ import yaml
 from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, set_seed
-from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
 from pesc.crafting.adapter import add_lora, save_adapter, train_experts
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_model, load_tokenizer
 from pesc.crafting.surgery import crafted_ffns
+from pesc.quiet import quiet_libraries
 from pesc.training.data import encode_rows, read_rows
 from pesc.training.progress import METRICS, MetricsWriter
 from pesc.training.recipe import Recipe
@@ -64,7 +60,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     if not encoded.rows:
         raise ValueError(f"{recipe.train_data} has no row with anything to learn within {recipe.max_length} tokens")
     writer = MetricsWriter(recipe.output / METRICS, console, label)
-    with _quiet_libraries():
+    with quiet_libraries():
         trainer = PescTrainer(
             build_model(recipe),
             args=_arguments(recipe),
@@ -159,25 +155,3 @@ def _arguments(recipe: Recipe) -> SFTConfig:
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    # Their loading bars and notices would tear the progress bar apart; errors still show.
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    trl_logger = logging.getLogger("trl")
-    level = trl_logger.level
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    trl_logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        trl_logger.setLevel(level)
-        datasets.enable_progress_bars()
-        if bars:
-            transformers_logging.enable_progress_bar()

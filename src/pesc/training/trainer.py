@@ -15,6 +15,8 @@ from pesc.crafting.surgery import crafted_ffns
 from pesc.method.losses import token_mask
 from pesc.method.router import record_router_logits
 from pesc.observe.routing import balance, expert_counts
+from pesc.training.data import IGNORED
+from pesc.training.loss import summed_loss
 
 
 class PescTrainer(SFTTrainer):
@@ -62,13 +64,11 @@ class PescTrainer(SFTTrainer):
         if self.args.device.type != "cpu":
             return super().compute_loss(model, inputs, num_items_in_batch=num_items)
         # trl's fused output layer saves the logits' memory on a GPU; on a CPU it takes half as long again.
-        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False).logits
-        return self.model.loss_function(
-            logits=logits,
-            labels=inputs["labels"],
-            vocab_size=self.model.config.vocab_size,
-            num_items_in_batch=num_items,
-        )
+        loss = summed_loss(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]).sum()
+        if num_items is None:
+            return loss / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        # num_items counts the tokens of all processes, over which gradients are averaged.
+        return loss * self.accelerator.num_processes / num_items
 
     @torch.no_grad()
     def _record_routing(

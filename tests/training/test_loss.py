@@ -1,0 +1,37 @@
+"""The loss where it counts: equal to the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from families import FAMILIES, tiny_model, tokens
+from pesc.training.data import IGNORED
+from pesc.training.loss import summed_loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_models_own_loss(family: str) -> None:
+    model, input_ids = tiny_model(family), tokens(3, 11)
+    labels = input_ids.clone()
+    labels[0, :6], labels[1, :3], labels[2, 8:] = IGNORED, IGNORED, IGNORED
+    ours = summed_loss(model, input_ids, torch.ones_like(input_ids), labels)
+    for row in range(3):
+        plain = model(input_ids[row : row + 1], labels=labels[row : row + 1]).loss
+        count = (labels[row, 1:] != IGNORED).sum()
+        assert ours[row].item() == pytest.approx((plain * count).item(), rel=1e-4)
+
+
+def test_its_gradient_is_the_plain_ones() -> None:
+    model, input_ids = tiny_model("llama"), tokens(2, 9)
+    labels = input_ids.clone()
+    labels[:, :4] = IGNORED
+    grads = []
+    for loss in (
+        summed_loss(model, input_ids, torch.ones_like(input_ids), labels).sum() / 10,
+        model(input_ids, labels=labels).loss,
+    ):
+        model.zero_grad()
+        loss.backward()
+        grads.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert torch.allclose(*grads, atol=1e-6)
