@@ -23,7 +23,8 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from pesc.cli import main; main(['--help']); assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys; from pesc.cli import main; main(['--help']); "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

@@ -106,7 +106,11 @@ def test_mismatches_are_listed_together(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(ValueError, match="does not fit") as error:
         pesc.load(tmp_path / "adapter")
-    for line in ("missing: model.layers.1.mlp.experts.down_proj", "unexpected: surprise", "wrong shape: model.layers.0"):
+    for line in (
+        "missing: model.layers.1.mlp.experts.down_proj",
+        "unexpected: surprise",
+        "wrong shape: model.layers.0",
+    ):
         assert line in str(error.value)
 
 

@@ -103,7 +103,7 @@ def test_bad_configs_are_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "wide_mm"])
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "wide_mm", "auto"])
 def test_backends_are_chosen_by_name(backend: str, tmp_path: Path) -> None:
     model = crafted_model()
     model.save_pretrained(tmp_path)
@@ -198,7 +198,7 @@ def test_gradient_accumulation_averages_the_router_losses() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm", "wide_mm"])
+@pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm", "wide_mm", "auto"])
 def test_compiles_without_graph_breaks_in_our_layer(backend: str) -> None:
     model = crafted_model()
     model.set_experts_implementation(backend)

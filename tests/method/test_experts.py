@@ -9,8 +9,8 @@ import torch
 
 from pesc.method.experts import build_experts
 
-BACKENDS = ["batched_mm", "grouped_mm", "wide_mm"]
-# (T, D, A, E, K): one token; empty experts; E no power of two; K = E; one expert.
+BACKENDS = ["batched_mm", "grouped_mm", "wide_mm", "auto"]
+# (T, D, A, E, K): one token; empty experts; E no power of two; K = E; one expert; plain; odd widths; large.
 SIZES = [
     (1, 16, 8, 4, 2),
     (3, 16, 8, 16, 1),
@@ -18,6 +18,8 @@ SIZES = [
     (17, 16, 8, 4, 4),
     (9, 8, 16, 1, 1),
     (130, 32, 16, 8, 2),
+    (7, 10, 5, 3, 2),
+    (5, 8, 260, 4, 2),
 ]
 
 

@@ -64,6 +64,7 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
         "checkpoints",
         "metrics.jsonl",
         "recipe.yaml",
+        "summary.json",
     }
     assert "loss" in console.file.getvalue()
 

@@ -95,6 +95,10 @@ class PescForCausalLM(PreTrainedModel):
             )
         super()._set_gradient_checkpointing(enable, **kwargs)
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The backend for a requested name; "auto" by default (see `pesc.method.experts`)."""
+        return super().get_correct_experts_implementation(requested_experts or "auto")
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for the decorator in the dense family's source, where it is not

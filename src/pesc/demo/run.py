@@ -29,9 +29,8 @@ from pesc.observe.memory import measure_peak_memory
 from pesc.observe.report import write_report
 from pesc.quiet import quiet_libraries
 from pesc.training.data import read_rows
-from pesc.training.progress import METRICS
 from pesc.training.recipe import LoraSettings, Recipe
-from pesc.training.train import train
+from pesc.training.train import SUMMARY, train
 
 ROWS_PER_DOMAIN = 100
 HELD_OUT_PER_DOMAIN = 32
@@ -103,10 +102,6 @@ def run_demo(output: Path, console: Console) -> Path:
         train(dataclasses.replace(recipe, output=output / "dense", method=None), console, label="  dense")
     with stages.stage("compare", "5/6  Held-out loss and answers"):
         results = _compare(output, recipe, mixture, console)
-    results["setup"] |= {
-        "seconds": {"dense": _elapsed(output / "dense"), "pesc": _elapsed(output)},
-        "peak_memory_gb": {"dense": stages.gigabytes["dense"], "pesc": stages.gigabytes["pesc"]},
-    }
     with stages.stage("report", "6/6  Report"):
         _write_json(output / "results.json", results)
         report = write_report(output)
@@ -167,7 +162,7 @@ def _first(rows: list[dict[str, Any]], domain: str, count: int) -> list[dict[str
 def _setup(recipe: Recipe, output: Path) -> dict[str, Any]:
     assert recipe.method is not None
     assert recipe.lora is not None
-    last = _last_metrics(output)
+    summaries = {name: _read_json(run / SUMMARY) for name, run in (("pesc", output), ("dense", output / "dense"))}
     return {
         "model": recipe.model,
         "num_experts": recipe.method.num_experts,
@@ -177,8 +172,10 @@ def _setup(recipe: Recipe, output: Path) -> dict[str, Any]:
         "learning_rate": recipe.learning_rate,
         "batch_size": recipe.batch_size,
         "dtype": recipe.dtype,
-        "steps": last["step"],
-        "tokens": last["tokens"],
+        "steps": summaries["pesc"]["steps"],
+        "tokens": summaries["pesc"]["tokens"],
+        "seconds": {name: summary["seconds"] for name, summary in summaries.items()},
+        "peak_memory_gb": {name: summary["peak_memory_gb"] for name, summary in summaries.items()},
         "seed": recipe.seed,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
@@ -240,12 +237,8 @@ def _counts(mixture: MixtureInfo) -> str:
     return ", ".join(f"{domain} {train_rows[domain]} rows and {held_out[domain]} held out" for domain in DOMAINS)
 
 
-def _last_metrics(run: Path) -> dict[str, Any]:
-    return json.loads((run / METRICS).read_text().splitlines()[-1])
-
-
-def _elapsed(run: Path) -> float:
-    return float(_last_metrics(run)["elapsed"])
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    ExpertsInterface,
+    grouped_mm_experts_forward,
+    use_experts_implementation,
+)
 
 
-class _Bank(nn.Module):
-    """E adapters of one layer; `forward` is the oracle, a plain loop over the experts.
+class Bank(nn.Module):
+    """E adapters of one layer; transformers puts the chosen backend in front of `forward`.
 
     `config` is the model's transformers config: its `_experts_implementation` names the backend.
     """
@@ -48,6 +53,12 @@ class _Bank(nn.Module):
         """The adapter's inner values from its first product ([..., A], or [..., 2A] when gated)."""
         return self._apply_gate(first_TA) if self.has_gate else self.act_fn(first_TA)  # type: ignore[operator]
 
+    def rows_are_aligned(self) -> bool:
+        """Whether every matrix has rows of a multiple of 16 bytes."""
+        _, hidden, dim = self.down_proj.shape
+        size = self.down_proj.element_size()
+        return hidden * size % 16 == 0 and dim * size % 16 == 0
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -61,6 +72,10 @@ class _Bank(nn.Module):
         Returns:
             [T, D] in the input's dtype.
         """
+        return self.loop(hidden_states, top_k_index, top_k_weights)
+
+    def loop(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """The oracle: an expert at a time, only the tokens that chose it. Same contract as `forward`."""
         first_EAD = getattr(self, self.first_name)
         out_TD = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
@@ -75,38 +90,13 @@ class _Bank(nn.Module):
         return f"num_experts={experts}, hidden_size={hidden}, adapter_dim={dim}, has_gate={self.has_gate}"
 
 
-@use_experts_implementation(has_gate=False)
-class PlainExperts(_Bank):
-    """Adapters of the paper: GELU between two projections (eq. 8)."""
-
-    first_name = "up_proj"
-
-    def __init__(self, config: Any, *, num_experts: int, hidden_size: int, adapter_dim: int) -> None:
-        super().__init__(config, num_experts=num_experts, hidden_size=hidden_size, adapter_dim=adapter_dim)
-        self.act_fn = nn.GELU()
-
-
-@use_experts_implementation(has_gate=True)
-class GatedExperts(_Bank):
-    """Gated adapters: silu(W_gate h) * (W_up h), then the second projection; `gate_up_proj` holds both."""
-
-    first_name = "gate_up_proj"
-
-    def __init__(self, config: Any, *, num_experts: int, hidden_size: int, adapter_dim: int) -> None:
-        super().__init__(config, num_experts=num_experts, hidden_size=hidden_size, adapter_dim=adapter_dim)
-        self.act_fn = nn.SiLU()
-
-
-Experts = PlainExperts | GatedExperts
-
-
 def wide_mm_experts_forward(
-    self: Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Bank, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """All experts as one wide pair of matrix products, the unchosen ones masked to zero.
 
     Does E / K times the arithmetic of the chosen experts alone, but in two dense products without sorting, gathering
-    or copies of the tokens; it wins where E * A is small. Same contract as the oracle, `PlainExperts.forward`.
+    or copies of the tokens; it wins where E * A is small. Same contract as `Bank.forward`.
     """
     first_EAD = getattr(self, self.first_name)
     experts, width, hidden = first_EAD.shape
@@ -119,7 +109,60 @@ def wide_mm_experts_forward(
     return F.linear(inner_TEA.flatten(1), second_D_EA)
 
 
+def aligned_grouped_mm_experts_forward(
+    self: Bank, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' `grouped_mm` where torch's kernel takes the bank's shape, else the oracle loop.
+
+    The kernel wants the rows of every matrix to be multiples of 16 bytes long.
+    """
+    if self.rows_are_aligned():
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return self.loop(hidden_states, top_k_index, top_k_weights)
+
+
+def auto_experts_forward(
+    self: Bank, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """`wide_mm` while all experts together are small (E * A of at most 1024), else `grouped_mm`.
+
+    Up to that size, sorting and gathering the tokens costs more than multiplying with every expert.
+    """
+    experts, _, adapter_dim = self.down_proj.shape
+    forward = wide_mm_experts_forward if experts * adapter_dim <= 1024 else aligned_grouped_mm_experts_forward
+    return forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+# By these names in transformers' `experts_implementation`; its own grouped_mm stays as it is for other models.
+ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
 ALL_EXPERTS_FUNCTIONS.register("wide_mm", wide_mm_experts_forward)
+BACKENDS = ExpertsInterface()
+BACKENDS["grouped_mm"] = aligned_grouped_mm_experts_forward
+
+
+@use_experts_implementation(experts_interface=BACKENDS, has_gate=False)
+class PlainExperts(Bank):
+    """Adapters of the paper: GELU between two projections (eq. 8)."""
+
+    first_name = "up_proj"
+
+    def __init__(self, config: Any, *, num_experts: int, hidden_size: int, adapter_dim: int) -> None:
+        super().__init__(config, num_experts=num_experts, hidden_size=hidden_size, adapter_dim=adapter_dim)
+        self.act_fn = nn.GELU()
+
+
+@use_experts_implementation(experts_interface=BACKENDS, has_gate=True)
+class GatedExperts(Bank):
+    """Gated adapters: silu(W_gate h) * (W_up h), then the second projection; `gate_up_proj` holds both."""
+
+    first_name = "gate_up_proj"
+
+    def __init__(self, config: Any, *, num_experts: int, hidden_size: int, adapter_dim: int) -> None:
+        super().__init__(config, num_experts=num_experts, hidden_size=hidden_size, adapter_dim=adapter_dim)
+        self.act_fn = nn.SiLU()
+
+
+Experts = PlainExperts | GatedExperts
 
 
 def build_experts(

@@ -74,6 +74,10 @@ class MetricsWriter(TrainerCallback):
             status += f"  balance {line['balance']:.3f}"
         self.progress.update(self.task, completed=state.global_step, status=status)
 
+    def summary(self) -> dict[str, Any]:
+        """Steps, tokens and seconds of the run so far."""
+        return {"steps": self.last.get("step", 0), "tokens": self.last["tokens"], "seconds": self.last["elapsed"]}
+
     def stop(self) -> None:
         """End the bar, also after an interruption."""
         if self.progress is not None:

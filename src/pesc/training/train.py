@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import datasets
@@ -16,20 +17,22 @@ from pesc.crafting.adapter import add_lora, save_adapter, train_experts
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_model, load_tokenizer
 from pesc.crafting.surgery import crafted_ffns
+from pesc.observe.memory import measure_peak_memory
 from pesc.quiet import quiet_libraries
 from pesc.training.data import encode_rows, read_rows
 from pesc.training.progress import METRICS, MetricsWriter
 from pesc.training.recipe import Recipe
 from pesc.training.trainer import PescTrainer
 
-RECIPE = "recipe.yaml"
+RECIPE, SUMMARY = "recipe.yaml", "summary.json"
 CHECKPOINTS = "checkpoints"
 
 
 def train(recipe: Recipe, console: Console | None = None, label: str = "train") -> Path:
     """Run a recipe, or the rest of it if it was interrupted.
 
-    The run's folder gets recipe.yaml, metrics.jsonl, checkpoints/ while it runs, and adapter/ at its end.
+    The run's folder gets recipe.yaml, metrics.jsonl, checkpoints/ while it runs, and summary.json and adapter/ at
+    its end.
 
     Args:
         recipe: the run.
@@ -70,9 +73,12 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(recipe.output))
+            with measure_peak_memory() as peak:
+                trainer.train(resume_from_checkpoint=last_checkpoint(recipe.output))
         finally:
             writer.stop()
+    summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
+    (recipe.output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return save_adapter(trainer.model, adapter)
 
 
