@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from checkpoints import tiny_dense, write_rows
+from safetensors.torch import load_file, save_file
 from pesc.cli import app, main
 
-VERBS = ["demo", "craft", "train", "info", "chat"]
+VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -44,6 +46,21 @@ def test_craft_info_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "pesc chat" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "run")]) == 0
     assert "adapter of" in capsys.readouterr().out
+
+
+def test_import_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixture = str(Path(__file__).parent / "fixtures" / "camelidae-8x")
+    assert main(["verify", fixture]) == 0
+    assert "whole" in capsys.readouterr().out
+    assert main(["import", fixture, str(tmp_path / "out")]) == 0
+    assert main(["verify", str(tmp_path / "out"), "--json"]) == 0
+    assert '"whole": true' in capsys.readouterr().out
+    shard = tmp_path / "stripped"
+    shutil.copytree(fixture, shard)
+    tensors = {k: v for k, v in load_file(shard / "model.safetensors").items() if ".moe_adapter." not in k}
+    save_file(tensors, shard / "model.safetensors", {"format": "pt"})
+    assert main(["verify", str(shard)]) == 1
+    assert "not whole" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -133,14 +134,60 @@ def chat(model: str, *, max_new_tokens: int = 512, temperature: float = 0.2, sys
     converse(open_chat(model, _console(), max_new_tokens=max_new_tokens, temperature=temperature, system=system))
 
 
+@app.command(name="import")
+def import_(checkpoint: str, out: Path) -> None:
+    """Turn a published checkpoint (Camelidae, Qwen2idae, Sparsetral) into a crafted folder.
+
+    Example: `pesc import hywu/Camelidae-8x7B camelidae`
+
+    Parameters
+    ----------
+    checkpoint
+        A folder or hub id, safetensors or .bin; recognised by its keys and config.
+    out
+        Folder to write; must not exist yet.
+    """
+    from pesc.crafting.info import describe
+    from pesc.crafting.show import show_info
+    from pesc.interop.importer import import_checkpoint
+
+    show_info(describe(import_checkpoint(checkpoint, out)), _console())
+
+
+@app.command
+def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+    """Check that a model's files hold the experts they promise; exit code 1 when they do not.
+
+    Example: `pesc verify camelidae-8x7b.Q4_K_M.gguf`
+
+    Parameters
+    ----------
+    path
+        A crafted folder, an adapter, a run, a published layout, or a GGUF file.
+    as_json
+        Print JSON.
+    """
+    from pesc.interop.show import show_report
+    from pesc.interop.verify import verify as check
+
+    report = check(path)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        show_report(report, _console())
+    return 0 if report.whole else 1
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Returns:
         Exit code: 0; 1 when the work failed on what the user gave; 2 for a wrong command line; 130 after Ctrl-C.
     """
+    # Its notice about optional kernels, made when it is imported, would stand above every command's output.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app(arguments, exit_on_error=False, result_action="return_value")
+        result = app(arguments, exit_on_error=False, result_action="return_value")
     except CycloptsError:
         return 2
     except KeyboardInterrupt:
@@ -149,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"pesc: {error}", file=sys.stderr)
         return 1
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 def _console() -> Console:

@@ -90,8 +90,8 @@ def _method_reasons(config: Any, target: Target) -> list[str]:
     method, reasons = config.method, []
     if method.adapter_placement != "parallel" or method.adapter_activation != "swiglu":
         reasons.append(
-            f"its experts are {method.adapter_placement} + {method.adapter_activation}, and only parallel + swiglu ones "
-            "are a shared expert and routed experts"
+            f"its experts are {method.adapter_placement} + {method.adapter_activation}, and only parallel + swiglu "
+            "ones are routed experts beside a shared one"
         )
     for name in ("num_experts", "num_experts_per_tok", "adapter_dim"):
         value = getattr(method, name)
@@ -120,12 +120,16 @@ def _dense_reasons(config: Any, target: Target) -> list[str]:
         )
     head_dim, plain = head_dim_of(config), config.hidden_size / config.num_attention_heads
     if head_dim != plain and not target.any_head_dim:
-        reasons.append(f"its head_dim ({head_dim}) is not hidden_size / num_attention_heads ({plain:g}), as the format's")
+        reasons.append(
+            f"its head_dim ({head_dim}) is not hidden_size / num_attention_heads ({plain:g}), as the format's"
+        )
     rope = config.rope_parameters or {}
     if (kind := rope.get("rope_type", "default")) not in target.ropes:
         reasons.append(f"its rope_type is {kind!r}, and the format holds {', '.join(target.ropes)}")
     if rope.get("partial_rotary_factor", 1) != 1:
-        reasons.append(f"its partial_rotary_factor is {rope['partial_rotary_factor']}, and the format turns whole heads")
+        reasons.append(
+            f"its partial_rotary_factor is {rope['partial_rotary_factor']}, and the format turns whole heads"
+        )
     return reasons
 
 

@@ -3,24 +3,27 @@
 | base | architecture | how |
 |---|---|---|
 | Llama, Mistral, Granite, Qwen2 | `granitemoe` | Granite's multipliers are 1, or the base's own; biases are allowed |
-| Qwen3 | `glm4moe` | with a softmax router; F is padded with zeros to a multiple of A, which this architecture asks for |
+| Qwen3 | `glm4moe` | with a softmax router; F is padded with zeros to a multiple of A, as this architecture wants |
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from pesc.crafting.checkpoint import new_folder
 from pesc.interop.card import licence_of
-from pesc.interop.expressible import Source, Target, head_dim_of, multipliers_of, reasons_against, scaled, setting_of
+from pesc.interop.expressible import Source, Target, head_dim_of, multipliers_of, reasons_against, setting_of
 from pesc.interop.gguf_vocab import add_vocabulary, vocabulary_reasons
+from pesc.interop.stock import scaled
 
 Quantization = Literal["F32", "F16", "Q8_0"]
 GRANITE, GLM = "granitemoe", "glm4moe"
@@ -104,9 +107,9 @@ def export_gguf(source: Source, out: Path, quantization: Quantization) -> Path:
     for name, tensor in _tensors(source):
         kind = gguf.GGMLQuantizationType[_type_of(name, tensor, quantization)]
         size = math.prod(gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kind))
-        writer.add_tensor_info(name, list(tensor.shape), torch.empty(0).numpy().dtype, size, kind)
-    with new_folder(out.with_name(out.name + ".partial")) as folder:
-        writer.write_header_to_file(folder / out.name)
+        writer.add_tensor_info(name, list(tensor.shape), np.dtype(np.float32), size, kind)
+    with _new_file(out) as partial:
+        writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         # The tensors are made a second time: the file begins with all their shapes, and they may not fit in memory.
@@ -114,9 +117,18 @@ def export_gguf(source: Source, out: Path, quantization: Quantization) -> Path:
             kind = gguf.GGMLQuantizationType[_type_of(name, tensor, quantization)]
             writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), kind))
         writer.close()
-        (folder / out.name).replace(out)
-    out.with_name(out.name + ".partial").rmdir()
     return out
+
+
+@contextmanager
+def _new_file(out: Path) -> Iterator[Path]:
+    """A file to fill that becomes `out` only when the block succeeds."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: choose another name, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        yield Path(folder) / out.name
+        (Path(folder) / out.name).replace(out)
 
 
 def _add_general(writer: Any, source: Source, quantization: Quantization) -> None:
