@@ -2,11 +2,18 @@
 
 import ast
 
+import pytest
+
 from pesc.demo.code_rows import draw_code_rows
 
 
-def test_no_two_functions_share_a_body() -> None:
-    answers = [answer for _, answer in draw_code_rows(seed=3)]
+@pytest.fixture(scope="module")
+def rows() -> list[tuple[str, str]]:
+    return draw_code_rows(seed=3)
+
+
+def test_no_two_functions_share_a_body(rows: list[tuple[str, str]]) -> None:
+    answers = [answer for _, answer in rows]
     assert len(answers) > 70
     bodies = set()
     for answer in answers:
@@ -17,14 +24,15 @@ def test_no_two_functions_share_a_body() -> None:
     assert len(bodies) == len(answers)
 
 
-def test_the_task_holds_the_docstring() -> None:
-    for prompt, _ in draw_code_rows(seed=3)[:70]:
-        task = prompt.partition("```python\n")[2].removesuffix("\n```")
-        (function,) = ast.parse(task).body
+def test_the_task_holds_the_docstring_and_no_code(rows: list[tuple[str, str]]) -> None:
+    for prompt, _ in rows:
+        (function,) = ast.parse(prompt.partition("```python\n")[2].removesuffix("\n```")).body
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         assert ast.get_docstring(function)
         assert len(function.body) == 1
 
 
-def test_the_seed_decides_the_rows() -> None:
-    assert draw_code_rows(seed=3) == draw_code_rows(seed=3) != draw_code_rows(seed=4)
+def test_the_seed_decides_the_rows(rows: list[tuple[str, str]]) -> None:
+    other = draw_code_rows(seed=4)
+    assert len(other) == len(rows)
+    assert other != rows

@@ -181,6 +181,12 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, console
     assert all(torch.allclose(runs[0][name], runs[1][name], atol=1e-4) for name in runs[0])
 
 
+def test_a_failed_start_does_not_claim_the_folder(tmp_path: Path, console: Console) -> None:
+    with pytest.raises(FileNotFoundError):
+        train(make_recipe(tmp_path, train_data=tmp_path / "none.jsonl"), console)
+    assert not (tmp_path / "run").exists()
+
+
 def test_rows_that_do_not_fit_are_told(tmp_path: Path, console: Console) -> None:
     with pytest.raises(ValueError, match="no row with anything to learn within 16 tokens"):
         train(make_recipe(tmp_path, max_length=16), console)

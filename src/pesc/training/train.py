@@ -48,7 +48,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     """
     console = console or Console()
     adapter = recipe.output / "adapter"
-    _claim_output(recipe)
+    _refuse_another_recipe(recipe)
     if adapter.exists():
         console.print(f"{recipe.output} holds this run, complete: nothing to do")
         return adapter
@@ -62,6 +62,8 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         )
     if not encoded.rows:
         raise ValueError(f"{recipe.train_data} has no row with anything to learn within {recipe.max_length} tokens")
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    recipe.save(recipe.output / RECIPE)
     writer = MetricsWriter(recipe.output / METRICS, console, label)
     with quiet_libraries():
         trainer = PescTrainer(
@@ -114,8 +116,7 @@ def last_checkpoint(output: Path) -> str | None:
     return str(max(found, key=lambda folder: int(folder.name.split("-")[-1]))) if found else None
 
 
-def _claim_output(recipe: Recipe) -> None:
-    recipe.output.mkdir(parents=True, exist_ok=True)
+def _refuse_another_recipe(recipe: Recipe) -> None:
     path = recipe.output / RECIPE
     wanted = recipe.to_dict()
     if path.is_file():
@@ -130,7 +131,6 @@ def _claim_output(recipe: Recipe) -> None:
                 f"{recipe.output} holds a run of another recipe ({'; '.join(changed)}): choose another output, or "
                 "remove that folder"
             )
-    recipe.save(path)
 
 
 def _arguments(recipe: Recipe) -> SFTConfig:

@@ -92,5 +92,8 @@ class PescTrainer(SFTTrainer):
         """Write the adapter folder: neither the base, nor anything pickled."""
         save_adapter(self.model, Path(output_dir or self.args.output_dir) / "adapter")
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None for checkpoints: trl's would describe another kind of folder."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(model or self.model, Path(os.fspath(resume_from_checkpoint)) / "adapter")
