@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -61,7 +61,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     app = build_server(manager, *handlers, None, None, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     _answer_errors(app)
-    served: ASGIApp = _CancelWhenGone(app)
+    served: ASGIApp = _Guard(app, _context(model))
     return served if api_key is None else _RequireKey(served, api_key)
 
 
@@ -128,8 +128,7 @@ class _Generation(GenerateManager):
 
 
 def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    length = inputs["input_ids"].shape[-1]
+    context, length = _context(model), inputs["input_ids"].shape[-1]
     if length >= context:
         raise HTTPException(
             400, f"the prompt has {length} tokens and must have fewer than the model's context ({context}): shorten it"
@@ -137,6 +136,10 @@ def _fit(model: Any, inputs: Any, gen_config: Any) -> None:
     if length == 0:
         raise HTTPException(400, "the prompt is empty: give the model something to go on")
     gen_config.max_new_tokens = min(gen_config.max_new_tokens, context - length)
+
+
+def _context(model: Any) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 class _Gone(StoppingCriteria):
@@ -321,11 +324,13 @@ class _RequireKey:
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.key)
 
 
-class _CancelWhenGone:
-    """Cancels the work for a client that has left, which FastAPI does for streams only."""
+class _Guard:
+    """Refuses bodies beyond any prompt that fits, and cancels the work for a client that has left."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, context: int) -> None:
         self.app = app
+        # Far more than tokens need, escapes and tools included: beyond it, even tokenizing could eat the memory.
+        self.limit = 2**20 + 32 * context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -333,14 +338,19 @@ class _CancelWhenGone:
         messages: asyncio.Queue[Message] = asyncio.Queue()
 
         async def watch() -> None:
-            while True:
-                message = await receive()
-                messages.put_nowait(message)
-                if message["type"] == "http.disconnect":
-                    work.cancel_scope.cancel()
-                    return
-
-        async with anyio.create_task_group() as work:
-            work.start_soon(watch)
-            await self.app(scope, messages.get, send)
+            size = 0
+            while (message := await receive())["type"] == "http.request":
+                size += len(message.get("body", b""))
+                if size <= self.limit:
+                    messages.put_nowait(message)
+                elif not message.get("more_body"):
+                    # Only now: a client that is still sending would not see the answer.
+                    await _error(413, f"the request has {size} bytes; at most {self.limit} fit")(scope, receive, send)
+                    break
             work.cancel_scope.cancel()
+
+        with suppress(asyncio.CancelledError):  # when the server stops; uvicorn would log it as a failure
+            async with anyio.create_task_group() as work:
+                work.start_soon(watch)
+                await self.app(scope, messages.get, send)
+                work.cancel_scope.cancel()

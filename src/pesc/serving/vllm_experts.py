@@ -136,9 +136,10 @@ def craft_ffn(ffn: nn.Module, config: PescConfig, layer: LayerConfig, hidden_siz
         ValueError: when the adapters cannot be sliced over the tensor parallel ranks.
     """
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    dense: Any = type(ffn)
     # vLLM binds rewritten forwards to instances where it builds on transformers' modules.
     own = vars(ffn).pop("forward", None)
-    ffn.__class__ = _crafted_ffn_class(type(ffn), type(ffn).forward if own is None else own.__func__)
+    ffn.__class__ = _crafted_ffn_class(dense, dense.forward if own is None else own.__func__)
     assert isinstance(ffn, CraftedFFN)
     ffn.router = Router(hidden_size, layer.num_experts, layer.num_experts_per_tok)
     ffn.experts = Experts(hidden_size, layer, config.adapter_activation, rank, world_size)

@@ -1,0 +1,132 @@
+"""What is timed: a whole model, or one layer of a large one, in every form."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from pesc.bench import references
+from pesc.config import PescConfig
+from pesc.crafting.adapter import add_lora
+from pesc.crafting.craft import craft
+from pesc.crafting.dense import load_model
+from pesc.crafting.surgery import crafted_ffns, expert_parameters
+
+DENSE, UPCYCLED = "dense", "sparse upcycling"
+BACKENDS = ("auto", "sorted_mm", "grouped_mm", "wide_mm", references.MASKS, references.ALL)
+_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+@dataclass
+class Subject:
+    """One dense model and its crafted form, ready to be timed."""
+
+    name: str
+    dense: Any
+    crafted: Any
+    method: PescConfig
+    upcycled: Any = None
+    functions: dict[str, Callable[[], object]] = field(default_factory=dict)
+
+    def forms(self) -> dict[str, tuple[Any, str | None]]:
+        """(model, backend) of every row by name."""
+        rows: dict[str, tuple[Any, str | None]] = {DENSE: (self.dense, None)}
+        rows |= {backend: (self.crafted, backend) for backend in BACKENDS}
+        if self.upcycled is not None:
+            rows[UPCYCLED] = (self.upcycled, None)
+        return rows
+
+
+def build_subject(model: str, method: PescConfig, dtype: torch.dtype, *, lora: bool, upcycle: bool) -> Subject:
+    """A subject of random experts.
+
+    Args:
+        model: a dense model's name, or "llama-2-7b-layer" for one random decoder layer of that shape.
+        method: the experts.
+        dtype: of all weights.
+        lora: whether dense and crafted model carry LoRA, for training.
+        upcycle: whether to build the Mixtral form with E copies of the FFN.
+    """
+    references.register()
+    dense = _one_layer(dtype) if model == "llama-2-7b-layer" else load_model(model, dtype=dtype)
+    crafted = craft(copy.deepcopy(dense), method)
+    with torch.no_grad():
+        for name, parameter in expert_parameters(crafted).items():
+            if name.endswith("down_proj"):
+                parameter.normal_(std=0.02)
+    upcycled = _upcycled(dense, method, dtype) if upcycle else None
+    if lora:
+        for tuned in (dense, crafted):
+            add_lora(tuned, LoraConfig(**_LORA))
+        if upcycled is not None:
+            _train_upcycled(upcycled)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for built in (dense, crafted, upcycled):
+        if built is not None:
+            built.to(device)
+    return Subject(model, dense, crafted, method, upcycled)
+
+
+def use_backend(model: nn.Module, backend: str | None) -> None:
+    """Switch a crafted model's backend; nothing for other models."""
+    if backend is not None:
+        model.set_experts_implementation(backend)  # type: ignore[operator]
+
+
+def multiplications(subject: Subject) -> dict[str, float]:
+    """Multiply-adds of a token as ratios to the dense model's: the bound that arithmetic sets.
+
+    Returns:
+        "forward", for prefill and decode, to dense; "train", for a training step, to dense + LoRA: the dense weights
+        twice (no gradient of their own), LoRA and experts three times.
+    """
+    dense = sum(m.weight.numel() for m in subject.dense.modules() if isinstance(m, nn.Linear)) - (
+        lora := sum(p.numel() for n, p in subject.dense.named_parameters() if "lora_" in n)
+    )
+    experts = 0
+    for _, ffn in crafted_ffns(subject.crafted):
+        bank = sum(p.numel() for p in ffn.experts.parameters())
+        experts += bank * ffn.router.num_experts_per_tok // ffn.router.num_experts + ffn.router.weight.numel()
+    return {
+        "forward": (dense + experts) / dense,
+        "train": (2 * dense + 3 * (lora + experts)) / (2 * dense + 3 * lora),
+    }
+
+
+def _one_layer(dtype: torch.dtype) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def _upcycled(dense: Any, method: PescConfig, dtype: torch.dtype) -> MixtralForCausalLM:
+    c = dense.config
+    config = MixtralConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        num_local_experts=method.num_experts,
+        num_experts_per_tok=method.num_experts_per_tok,
+        tie_word_embeddings=c.tie_word_embeddings,
+        sliding_window=None,
+    )
+    torch.manual_seed(0)
+    return MixtralForCausalLM(config).to(dtype).eval()
+
+
+def _train_upcycled(model: Any) -> None:
+    model.add_adapter(LoraConfig(**(_LORA | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]})))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or ".experts." in name)

@@ -1,0 +1,52 @@
+"""Timings that can be compared: interleaved, repeated, as medians with their spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one thing, over rounds in which everything compared ran once."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds."""
+        return statistics.median(self.seconds)
+
+    def ratio(self, other: Timing) -> tuple[float, float, float]:
+        """(median, lower quartile, upper quartile) of the ratio to another timing, round by round."""
+        ratios = sorted(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+        if len(ratios) < 2:
+            return ratios[0], ratios[0], ratios[0]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return middle, low, high
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rounds: int, on_round: Callable[[int], None] = lambda done: None
+) -> dict[str, Timing]:
+    """Time functions in turns, A B C A B C …, after one untimed turn, so that a drifting machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+        on_round(turn)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

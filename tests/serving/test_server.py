@@ -1,0 +1,353 @@
+"""`pesc serve`: the real server in a process of its own, asked by the real OpenAI client."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import APIStatusError, APITimeoutError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
+from peft import LoraConfig
+
+import pesc
+from checkpoints import tiny_dense
+from pesc import PescConfig
+from pesc.crafting.surgery import expert_parameters
+from pesc.serving.server import serve
+
+CONFIG = PescConfig(num_experts=4, adapter_dim=8)
+CONTEXT = 32768
+HI = [{"role": "user", "content": "hi"}]
+KEY = "secret"
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    name: str
+    process: subprocess.Popen
+    log: Path
+    url: str = ""
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 120
+        while not (found := re.search(rf"^{self.name} at (http://\S+)/v1$", self.log.read_text(), re.M)):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+        self.url = found[1]
+
+    def client(self, api_key: str = KEY, timeout: float = 60) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, timeout=timeout, max_retries=0)
+
+    def ask(self, **settings: Any) -> Any:
+        settings = {"model": self.name, "messages": HI, "temperature": 0, **settings}
+        return self.client().chat.completions.create(**settings)
+
+    def post(self, path: str, body: bytes, **headers: str) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+def start(folder: Path, log: Path, **settings: Any) -> Server:
+    code = f"from pesc.serving.server import serve; serve({str(folder)!r}, port=0, **{settings!r})"
+    with log.open("w") as stream:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=stream, stderr=subprocess.STDOUT)
+    return Server(folder.name, process, log)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("served")
+    dense = tiny_dense(root / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    torch.manual_seed(0)
+    model = pesc.add_lora(pesc.craft(pesc.load(dense), CONFIG), LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or name in expert_parameters(model):
+            torch.nn.init.normal_(parameter.data, std=0.2)
+    pesc.save_adapter(model, root / "run" / "adapter")
+    pesc.fold(model).save_pretrained(root / "crafted")
+    pesc.load_tokenizer(dense).save_pretrained(root / "crafted")
+    return {"dense": dense, "run": root / "run", "crafted": root / "crafted"}
+
+
+@pytest.fixture(scope="module")
+def servers(folders: dict[str, Path]) -> Iterator[dict[str, Server]]:
+    logs = folders["run"].parent
+    started = {
+        "crafted": start(folders["crafted"], logs / "crafted.log", api_key=KEY),
+        "run": start(folders["run"], logs / "run.log", engine="transformers"),
+    }
+    try:
+        for server in started.values():
+            server.wait()
+        yield started
+    finally:
+        for server in started.values():
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture
+def server(servers: dict[str, Server]) -> Iterator[Server]:
+    """The crafted folder behind a key; each test must leave it able to answer."""
+    yield servers["crafted"]
+    assert servers["crafted"].ask(max_tokens=2).usage.completion_tokens == 2
+
+
+def letters_only(tokenizer: Any) -> dict[str, int]:
+    """A bias to tokens that are text by themselves, for answers of which each byte shows."""
+    letters = {tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefghijklmnopqrstuvwxyz"}
+    return {str(token): -100 for token in range(264) if token not in letters}
+
+
+def expected(folder: Path, bias: dict[str, int], count: int) -> str:
+    model, tokenizer = pesc.fold(pesc.load(folder)), pesc.load_tokenizer(folder.parent / "dense")
+    prompt = tokenizer.apply_chat_template(HI, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    biases = {(int(token),): float(value) for token, value in bias.items()}
+    tokens = model.generate(**prompt, max_new_tokens=count, do_sample=False, sequence_bias=biases)
+    return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("name", ["crafted", "run"])
+def test_streams_what_the_model_says(servers: dict[str, Server], folders: dict[str, Path], name: str) -> None:
+    bias = letters_only(pesc.load_tokenizer(folders["dense"]))
+    said = expected(folders[name], bias, 12)
+    chunks = list(servers[name].ask(max_tokens=12, logit_bias=bias, stream=True))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    assert len(pieces) > 1
+    assert "".join(pieces) == said
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+    assert servers[name].ask(max_tokens=12, logit_bias=bias).choices[0].message.content == said
+
+
+def test_has_one_model_with_one_name(server: Server) -> None:
+    assert [model.id for model in server.client().models.list().data] == ["crafted"]
+    assert server.ask(max_tokens=1).model == "crafted"
+    with pytest.raises(NotFoundError, match="only one is 'crafted'"):
+        server.ask(model="HuggingFaceTB/SmolLM2-135M")
+
+
+def test_wants_the_key(server: Server) -> None:
+    for wrong in ("other", KEY + "x", "é"):
+        status, answer = server.post("/v1/chat/completions", b"{}", Authorization=f"Bearer {wrong}")
+        assert (status, json.loads(answer)["error"]["code"]) == (401, "invalid_api_key")
+    with pytest.raises(AuthenticationError):
+        server.client(api_key="other").models.list()
+    with urllib.request.urlopen(f"{server.url}/health") as answer:
+        assert answer.status == 200
+
+
+def test_stops_at_max_tokens_and_at_the_end_of_the_context(server: Server) -> None:
+    answer = server.ask(max_completion_tokens=5, logit_bias={"2": -100})
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 5)
+    template = server.ask(messages=[{"role": "user", "content": ""}], max_tokens=1).usage.prompt_tokens
+    prompt = [{"role": "user", "content": "x" * (CONTEXT - template - 3)}]
+    answer = server.ask(messages=prompt, max_tokens=50, logit_bias={"2": -100})
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 3)
+
+
+def test_refuses_prompts_beyond_the_context(server: Server) -> None:
+    for stream in (False, True):
+        with pytest.raises(BadRequestError, match=rf"must have fewer than the model's context \({CONTEXT}\)"):
+            server.ask(messages=[{"role": "user", "content": "x" * (CONTEXT + 1)}], stream=stream)
+    with pytest.raises(APIStatusError, match="at most") as error:
+        server.ask(messages=[{"role": "user", "content": "x" * 20_000_000}])
+    assert error.value.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{bad",
+        b"\xff\xfe",
+        b"[1]",
+        b"[" * 100_000,
+        b"{}",
+        b'{"messages": "hi"}',
+        b'{"messages": []}',
+        b'{"messages": [{"role": "user", "content": 1}]}',
+        b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]}]}',
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 0}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": "many"}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": -1}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "n": 2}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "response_format": {"type": "json_object"}}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "logit_bias": {"99999": 1}}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"chat_template": "x"}}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "unheard_of": 1}',
+    ],
+)
+def test_answers_bad_requests_with_the_reason(server: Server, body: bytes) -> None:
+    status, answer = server.post("/v1/chat/completions", body)
+    assert status in (400, 422), answer
+    error = json.loads(answer)["error"]
+    assert error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_nobody_can_unload_or_exchange_the_model(server: Server) -> None:
+    assert server.post("/reset", b"{}")[0] == 404
+    assert server.post("/load_model", b'{"model": "other"}')[0] == 404
+
+
+def test_streams_end_with_the_mark_and_errors_in_them_are_json(server: Server) -> None:
+    body: dict[str, Any] = {"messages": HI, "max_tokens": 2, "stream": True}
+    _, answer = server.post("/v1/chat/completions", json.dumps(body).encode())
+    assert answer.endswith("data: [DONE]\n\n")
+    body |= {"generation_config": json.dumps({"num_beams": 2})}
+    _, answer = server.post("/v1/chat/completions", json.dumps(body).encode())
+    events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+    assert any("error" in json.loads(event) for event in events[:-1])
+
+
+def test_completions_and_responses(server: Server) -> None:
+    client = server.client()
+    answer = client.completions.create(model="crafted", prompt="abc", max_tokens=3, logit_bias=None)
+    assert answer.usage.prompt_tokens == 3
+    assert client.responses.create(model="crafted", input="abc", max_output_tokens=3).status == "completed"
+
+
+def test_sampling_is_asked_for_by_temperature(server: Server) -> None:
+    texts = {server.ask(max_tokens=8, temperature=2.0, seed=seed).choices[0].message.content for seed in range(3)}
+    assert len(texts) > 1
+    again = [server.ask(max_tokens=8, temperature=2.0, seed=7).choices[0].message.content for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_concurrent_clients_get_their_own_answers(server: Server) -> None:
+    def ask(number: int) -> str:
+        messages = [{"role": "user", "content": f"tell me {number}"}]
+        chunks = server.ask(messages=messages, max_tokens=8, stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    alone = [ask(number) for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(6))) == alone
+
+
+def test_generation_stops_when_its_client_leaves(server: Server) -> None:
+    endless = {"max_tokens": CONTEXT, "logit_bias": {"2": -100}}
+    stream = server.ask(stream=True, **endless)
+    next(iter(stream))
+    stream.close()
+    impatient = server.client(timeout=1)
+    with pytest.raises(APITimeoutError):
+        impatient.chat.completions.create(model="crafted", messages=HI, **endless)
+    # To the end of the context, both would take minutes.
+    assert server.client(timeout=30).chat.completions.create(model="crafted", messages=HI, max_tokens=1).choices
+
+
+def test_ctrl_c_ends_it_while_it_answers(servers: dict[str, Server]) -> None:
+    server = servers["run"]
+    leaving = server.ask(stream=True, max_tokens=CONTEXT, logit_bias={"2": -100})
+    next(iter(leaving))
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_taken_port_is_named_before_anything_is_loaded(folders: dict[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot serve on 127.0.0.1:{port} \(Address already in use\).*--port"):
+            serve(folders["dense"], port=port)
+
+
+def test_refuses_what_cannot_be_served(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        serve("nowhere at all")
+    with pytest.raises(ValueError, match=r"port \(70000\)"):
+        serve(folders["dense"], port=70000)
+    with pytest.raises(OSError, match="cannot serve on 192.0.2.1:0"):
+        serve(folders["dense"], host="192.0.2.1", port=0)
+    with pytest.raises(ValueError, match="api_key is empty"):
+        serve(folders["dense"], api_key="")
+    with pytest.raises(ValueError, match="pip install vllm"):
+        serve(folders["dense"], engine="vllm")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    with pytest.raises(ValueError, match=r'serving needs uvicorn: pip install "pesc-moe\[serve\]"'):
+        serve(folders["dense"])
+
+
+FAKE_VLLM = """
+import json, os, signal, sys, threading, time
+import torch, pesc
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[2]
+with torch.no_grad():
+    logits = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(9)[None]).logits
+seen = {"arguments": sys.argv[1:], "key": os.environ["VLLM_API_KEY"], "sum": logits.sum().item()}
+seen["template"] = AutoTokenizer.from_pretrained(folder).chat_template is not None
+print(json.dumps(seen), file=open(os.environ["SEEN"], "w"), flush=True)
+time.sleep(60)
+"""
+
+
+def test_hands_a_folded_folder_to_vllm_and_clears_it_away(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    fake = tmp_path / "vllm" / "entrypoints" / "cli"
+    fake.mkdir(parents=True)
+    (fake / "main.py").write_text(FAKE_VLLM)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+
+    def interrupt() -> None:
+        while not (tmp_path / "seen").exists() or not (tmp_path / "seen").read_text():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    serve(folders["run"], port=0, api_key=KEY)
+    seen = json.loads((tmp_path / "seen").read_text())
+    verb, folder, *options = seen["arguments"]
+    assert (verb, seen["key"], seen["template"]) == ("serve", KEY, True)
+    assert options[:5] == ["--served-model-name", "run", "--host", "127.0.0.1", "--port"]
+    assert KEY not in options
+    assert not Path(folder).exists()
+    with torch.no_grad():
+        ours = pesc.load(folders["run"])(torch.arange(9)[None]).logits
+    assert seen["sum"] == pytest.approx(ours.sum().item(), rel=1e-4)
+
+
+def test_warns_of_a_door_that_stands_open(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pesc.serving.server._serve_by_transformers", lambda *_: None)
+    serve(folders["dense"], host="0.0.0.0", port=0, engine="transformers")
+    assert "everyone who reaches 0.0.0.0 can use this model" in capsys.readouterr().err
+    serve(folders["dense"], host="0.0.0.0", port=0, api_key=KEY, engine="transformers")
+    serve(folders["dense"], host="localhost", port=0, engine="transformers")
+    assert capsys.readouterr().err == ""
