@@ -1,6 +1,6 @@
 """Make a crafted model to compare engines on: parallel + swiglu, with random experts that matter.
 
-Usage: python engines/subject.py OUT [--base smollm2|llama|granite|qwen2|qwen3]
+Usage: python engines/subject.py OUT [--base smollm2|llama|granite|qwen2|qwen3] [--rope linear|llama3|yarn]
 
 `smollm2` is the embedded model; the others are small random models of their family, with its tokenizer.
 """
@@ -17,10 +17,21 @@ from pesc import PescConfig, craft, load, load_tokenizer
 from pesc.crafting.embedded import EMBEDDED
 from pesc.crafting.surgery import expert_parameters
 
+_ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+}
 _RANDOM = {"llama": "Llama", "granite": "Granite", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
-def random_base(family: str) -> transformers.PreTrainedModel:
+def random_base(family: str, rope: str) -> transformers.PreTrainedModel:
     """Four layers of width 256 whose logits differ enough to tell tokens apart."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{_RANDOM[family]}Config")(
@@ -32,7 +43,7 @@ def random_base(family: str) -> transformers.PreTrainedModel:
         num_key_value_heads=2,
         initializer_range=0.08,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        rope_parameters={"rope_type": rope, "rope_theta": 1e5} | _ROPES[rope],
         tie_word_embeddings=family != "llama",
         bos_token_id=1,
         eos_token_id=2,
@@ -58,8 +69,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--base", choices=["smollm2", *_RANDOM], default="smollm2")
+    parser.add_argument("--rope", choices=_ROPES, default="default")
     arguments = parser.parse_args()
-    dense = load(EMBEDDED, dtype="float32") if arguments.base == "smollm2" else random_base(arguments.base)
+    small = arguments.base != "smollm2"
+    dense = random_base(arguments.base, arguments.rope) if small else load(EMBEDDED, dtype="float32")
     method = PescConfig(
         num_experts=8,
         num_experts_per_tok=2,

@@ -14,7 +14,7 @@ from checkpoints import tiny_dense, write_rows
 from safetensors.torch import load_file, save_file
 from pesc.cli import app, main
 
-VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify"]
+VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

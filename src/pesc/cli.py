@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 import pesc
+from pesc.bench.config import BenchConfig
 from pesc.config import PescConfig
 
 if TYPE_CHECKING:
@@ -176,6 +177,35 @@ def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json", negat
     else:
         show_report(report, _console())
     return 0 if report.whole else 1
+
+
+@app.command
+def bench(
+    *,
+    config: Annotated[BenchConfig | None, Parameter(name="*", negative="")] = None,
+    output: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Time a crafted model beside its dense one, and beside other ways to compute the same, in one run.
+
+    Example: `pesc bench --work train prefill decode --dtype bfloat16 --method.adapter-dim 512`
+
+    Parameters
+    ----------
+    config
+        What to time.
+    output
+        JSON file to write.
+    as_json
+        Print JSON instead of tables.
+    """
+    from rich.console import Console
+
+    from pesc.bench.run import run_bench
+
+    results = run_bench(config or BenchConfig(), Console(quiet=as_json), output)
+    if as_json:
+        print(json.dumps(results, indent=2))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,47 +6,18 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from pesc.bench.config import BenchConfig, Work
 from pesc.bench.subjects import DENSE, Subject, build_subject, multiplications, use_backend
 from pesc.bench.timing import Timing, interleave
-from pesc.config import PescConfig
 from pesc.quiet import quiet_libraries
-
-Work = Literal["train", "train_checkpointed", "prefill", "decode"]
-
-
-@dataclass(kw_only=True)
-class BenchConfig:
-    """One benchmark."""
-
-    model: str = "smollm2-135m-instruct"
-    """A dense model's name, or llama-2-7b-layer for one random layer of that shape."""
-    method: PescConfig = field(default_factory=lambda: PescConfig(adapter_dim=64))
-    """The experts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of all weights."""
-    work: list[Work] = field(default_factory=lambda: ["train", "prefill", "decode"])
-    """What is timed."""
-    batch: int = 2
-    """Rows of training and prefill."""
-    tokens: int = 512
-    """Tokens of a row in training and prefill."""
-    decode_batch: int = 1
-    """Rows of decoding."""
-    decode_tokens: int = 24
-    """Tokens generated."""
-    rounds: int = 5
-    """Timed rounds; each runs every form once."""
-    upcycle: bool = False
-    """Time the Mixtral form with a copy of the FFN for each expert too; needs its memory."""
 
 
 def run_bench(config: BenchConfig, console: Console, output: Path | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 NO_MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 """Granite's multipliers where they change nothing; attention_multiplier is head_dim ** -0.5 there."""
-_SCALED_ROPE = ("default", "linear", "dynamic", "yarn", "llama3")
+_SCALED_ROPE = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,6 @@ def _interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 def _rope_factors(config: Any) -> torch.Tensor:
     """What each frequency is divided by."""
     dim = head_dim_of(config)
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float) / dim)
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
     scaled_frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     return plain / scaled_frequencies

@@ -7,7 +7,7 @@ mixture of small experts s * a_i beside a shared expert F. Three architectures o
 |---|---|---|
 | `granitemoeshared` | Llama, Mistral, Granite | as it stands; Granite's multipliers are 1, or the base's own |
 | `qwen2_moe` | Qwen2, Llama, Mistral | the shared expert is gated by sigmoid(0) = 1/2, so its last matrix is doubled |
-| `qwen3_next` | Qwen3 | so is the attention's output; norms are stored less 1, as this architecture adds 1 |
+| `qwen3_next` | Qwen3 | so is the attention's output; norms are stored less 1, as it adds 1; never tied |
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ def _qwen3_config(config: Any) -> dict[str, Any]:
         "model_type": "qwen3_next",
         "partial_rotary_factor": 1.0,
         "rope_parameters": rope,
+        "tie_word_embeddings": False,
     }
 
 
@@ -175,6 +176,9 @@ def _qwen3_tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, scaled(tensor, 2.0)
         else:
             yield name, tensor
+    if source.config.tie_word_embeddings:
+        # vLLM's class does not tie: without a matrix of its own the output layer would be left unset there.
+        yield "lm_head.weight", source.read("model.embed_tokens.weight").clone()
 
 
 def _qwen_tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:

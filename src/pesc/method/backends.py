@@ -63,11 +63,12 @@ def token_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torc
     first_EWD, second_EDA = bank.first, bank.down_proj
     rows = []
     for x_D, chosen, weights_K in zip(hidden_states, index.tolist(), weights, strict=True):
-        parts = [
-            torch.mv(second_EDA[expert], bank.activate(torch.mv(first_EWD[expert], x_D)) * weight)
-            for expert, weight in zip(chosen, weights_K, strict=True)
-        ]
-        rows.append(torch.stack(parts).sum(dim=0))
+        first_KW = torch.stack([torch.mv(first_EWD[expert], x_D) for expert in chosen])
+        inner_KA = bank.activate(first_KW) * weights_K.unsqueeze(1)
+        row_D = torch.mv(second_EDA[chosen[0]], inner_KA[0])
+        for expert, inner_A in zip(chosen[1:], inner_KA[1:], strict=True):
+            row_D = torch.addmv(row_D, second_EDA[expert], inner_A)
+        rows.append(row_D)
     return torch.stack(rows)
 
 
@@ -97,7 +98,7 @@ class _SortedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_TD: torch.Tensor,
         first_EWD: torch.Tensor,
@@ -121,7 +122,7 @@ class _SortedExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, first_EWD, second_EDA, weight_N, token_N, first_NW = ctx.saved_tensors
         grad_ND = grad_TD.index_select(0, token_N)
         activated_NA = _activate(first_NW, ctx.gated)

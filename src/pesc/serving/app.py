@@ -1,6 +1,6 @@
 """transformers' own OpenAI-compatible app around one model that is already in memory.
 
-The app's parts are those of `transformers serve` (written against transformers 5.23). What is changed in them: the
+The app's parts are those of `transformers serve` (tried with transformers 5.19 and 5.23). What is changed in them: the
 model is given and pinned; requests are checked before they are worked on; a prompt must fit the context; generation
 stops when the client leaves; errors have OpenAI's form. Importing this module needs the extra `serve`.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import json
 import logging
 import sys
@@ -56,9 +57,13 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     """
     _know_family(model, tokenizer)
     manager, state = _Pinned(name, model, tokenizer), _State()
-    handlers = [kind(model_manager=manager, generation_state=state) for kind in (_Chat, _Completion, _Responses)]
-    # No transcription and no typed decisions: their routes are taken out below.
-    app = build_server(manager, *handlers, None, None, generation_state=state)
+    kinds = {"chat_handler": _Chat, "completion_handler": _Completion, "response_handler": _Responses}
+    # The other handlers differ between releases; their routes are taken out below.
+    handlers: dict[str, Any] = {
+        name: None for name in inspect.signature(build_server).parameters if name.endswith("_handler")
+    }
+    handlers |= {name: kind(model_manager=manager, generation_state=state) for name, kind in kinds.items()}
+    app = build_server(manager, **handlers, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     _answer_errors(app)
     served: ASGIApp = _Guard(app, _context(model))
@@ -242,6 +247,8 @@ class _Checked:
                 body.pop(key, None)  # generate() refuses empty ones
         if "logit_bias" in body:
             body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
+        if body.get("max_completion_tokens") is not None:
+            body["max_tokens"] = body.pop("max_completion_tokens")  # older releases know the older name only
         body["stream"] = body.get("stream") or False  # one of the handlers would stream by default
         super()._validate_request(body)  # type: ignore[misc]
 

@@ -1,0 +1,36 @@
+"""What a benchmark measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pesc.config import PescConfig
+
+Work = Literal["train", "train_checkpointed", "prefill", "decode"]
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """One benchmark."""
+
+    model: str = "smollm2-135m-instruct"
+    """A dense model's name, or llama-2-7b-layer for one random layer of that shape."""
+    method: PescConfig = field(default_factory=lambda: PescConfig(adapter_dim=64))
+    """The experts."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of all weights."""
+    work: list[Work] = field(default_factory=lambda: ["train", "prefill", "decode"])
+    """What is timed."""
+    batch: int = 2
+    """Rows of training and prefill."""
+    tokens: int = 512
+    """Tokens of a row in training and prefill."""
+    decode_batch: int = 1
+    """Rows of decoding."""
+    decode_tokens: int = 24
+    """Tokens generated."""
+    rounds: int = 5
+    """Timed rounds; each runs every form once."""
+    upcycle: bool = False
+    """Time the Mixtral form with a copy of the FFN for each expert too; needs its memory."""

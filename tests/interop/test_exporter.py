@@ -1,0 +1,194 @@
+"""Export of whatever `pesc.load` takes: runs, adapters and crafted folders; standalone, small, or in a layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from published import crafted
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import pesc
+from checkpoints import tiny_dense
+from families import disturb, tokens
+from pesc import PescConfig
+from pesc.crafting.surgery import crafted_ffns
+from pesc.interop.exporter import FORMATS, export
+from pesc.interop.importer import import_checkpoint
+
+GATED = {"adapter_placement": "parallel", "adapter_activation": "swiglu"}
+RESULTS = {
+    "models": [
+        {"name": "base model", "loss": {"chat": 2.5, "code": 1.25}},
+        {"name": "PESC", "loss": {"chat": 2.0, "code": 1.0}},
+    ],
+    "data": {
+        "sources": [{"domain": "chat", "source": "made up", "licence": "CC0"}],
+        "notes": ["math rows that a test holds are left out"],
+    },
+}
+
+
+def make_run(folder: Path, **method: str) -> Path:
+    """A run: tuned LoRA and experts on a base of its own, with recipe and results."""
+    base = tiny_dense(folder / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n\nA base.\n")
+    (base / "LICENSE").write_text("the licence's text")
+    model = pesc.load(base)
+    if method:
+        model = pesc.craft(model, PescConfig(num_experts=4, adapter_dim=8, **method))
+    pesc.add_lora(model, LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    disturb(model)
+    run = folder / "run"
+    pesc.save_adapter(model, run / "adapter")
+    recipe = {"model": str(base), "output": str(run), "train_data": "/home/me/rows.jsonl", "epochs": 1.0}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "results.json").write_text(json.dumps(RESULTS))
+    return run
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 259, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_a_run_becomes_a_standalone_folder(part: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, **GATED)
+    expected = pesc.load(run)(ids()).logits
+    out = export(run / part, tmp_path / "out", "pesc")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert not hasattr(model, "peft_config")
+    assert len(crafted_ffns(model)) == 2
+    torch.testing.assert_close(model(ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert pesc.load_tokenizer(out).chat_template == pesc.load_tokenizer(tmp_path / "base").chat_template
+    assert (out / "LICENSE").read_text() == "the licence's text"
+    assert (out / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
+    assert json.loads((out / "results.json").read_text()) == RESULTS
+
+
+def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **GATED)
+    text = (export(run, tmp_path / "my-model", "pesc") / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "license": "apache-2.0",
+        "language": "en",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pesc", "mixture-of-experts"],
+    }
+    assert body.strip().startswith("# my-model\n")
+    for line in (
+        "| experts in a layer, of these for each token | 4, 2 |",
+        "| PESC | 2.0000 | 1.0000 |",
+        "- chat: made up (CC0)",
+        "train_data: rows.jsonl",
+        "## Intended use and limits",
+        "The base's: apache-2.0.",
+    ):
+        assert line in body
+    # Paths of the machine that trained it stay there.
+    assert "/home/me" not in text
+    assert str(tmp_path) not in text
+
+
+def test_a_crafted_folder_keeps_its_bytes(tmp_path: Path) -> None:
+    crafted(tmp_path / "ours")
+    out = export(tmp_path / "ours", tmp_path / "out", "pesc")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "ours" / "model.safetensors").read_bytes()
+    assert torch.equal(pesc.load(out)(tokens()).logits, pesc.load(tmp_path / "ours")(tokens()).logits)
+    text = (out / "README.md").read_text()
+    assert "license: unknown" in text
+    assert "look it up" in text
+    assert "No recipe was found" in text
+
+
+def test_a_checkpoint_in_shards_is_copied_whole(tmp_path: Path) -> None:
+    base = tiny_dense(tmp_path / "base", max_shard_size="40KB")
+    ours = pesc.craft_checkpoint(base, tmp_path / "ours", PescConfig(num_experts=4, adapter_dim=8, **GATED))
+    out = export(ours, tmp_path / "out", "pesc")
+    assert len(list(out.glob("*.safetensors"))) > 2
+    assert torch.equal(pesc.load(out)(ids()).logits, pesc.load(ours)(ids()).logits)
+    stock = AutoModelForCausalLM.from_pretrained(export(ours, tmp_path / "stock", "stock"))
+    torch.testing.assert_close(stock(ids()).logits, pesc.load(base)(ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_dense_model_tuned_with_lora_becomes_an_ordinary_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    out = export(run, tmp_path / "out", "pesc")
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llama"
+    expected = pesc.load(run)(ids()).logits
+    torch.testing.assert_close(pesc.load(out)(ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert "which is folded into the weights" in (out / "README.md").read_text()
+    with pytest.raises(ValueError, match="it has no experts.*Use --format pesc"):
+        export(run, tmp_path / "stock", "granitemoeshared")
+
+
+def test_a_run_goes_into_a_stock_architecture_lora_folded(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **GATED)
+    stock = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out", "granitemoeshared"))
+    torch.testing.assert_close(stock(ids()).logits, pesc.load(run)(ids()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_goes_into_a_published_layout_lora_folded(tmp_path: Path) -> None:
+    run = make_run(tmp_path, adapter_placement="sequential", adapter_activation="gelu")
+    theirs = export(run, tmp_path / "theirs", "camelidae")
+    again = import_checkpoint(theirs, tmp_path / "again")
+    torch.testing.assert_close(pesc.load(again)(ids()).logits, pesc.load(run)(ids()).logits, atol=1e-5, rtol=1e-5)
+    assert (theirs / "tokenizer.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "base", "run", "theirs"]
+
+
+def test_an_adapter_is_copied_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **GATED)
+    out = export(run, tmp_path / "out", "adapter")
+    assert sorted(path.name for path in out.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert torch.equal(pesc.load(out)(ids()).logits, pesc.load(run)(ids()).logits)
+    crafted(tmp_path / "ours")
+    with pytest.raises(ValueError, match="only a tuned run has an adapter. Use --format pesc"):
+        export(tmp_path / "ours", tmp_path / "no", "adapter")
+
+
+def test_refusals_come_before_any_weight_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **GATED)
+    (run / "adapter" / "adapter.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"parallel \+ swiglu.*granitemoeshared"):
+        export(run, tmp_path / "out", "camelidae")
+    with pytest.raises(ValueError, match="its base is llama.*--format granitemoeshared"):
+        export(run, tmp_path / "out", "qwen3_next")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_formats_and_taken_names_are_refused(tmp_path: Path) -> None:
+    crafted(tmp_path / "ours", **GATED)
+    with pytest.raises(ValueError, match=r"format \('mixtral'\) must be one of pesc, adapter, stock"):
+        export(tmp_path / "ours", tmp_path / "out", "mixtral")
+    (tmp_path / "out").mkdir()
+    for format in ("pesc", "granitemoeshared"):
+        with pytest.raises(FileExistsError, match="exists already"):
+            export(tmp_path / "ours", tmp_path / "out", format)
+    with pytest.raises(ValueError, match="it has no experts: it is a dense llama model. Its folder is what other"):
+        export(tiny_dense(tmp_path / "dense"), tmp_path / "new", "pesc")
+    assert len(set(FORMATS)) == len(FORMATS) == 11
+
+
+def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    crafted(tmp_path / "ours", **GATED)
+    tensors = load_file(tmp_path / "ours" / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.down_proj"]
+    save_file(tensors, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
+    for format in ("pesc", "granitemoeshared"):
+        with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.experts\.down_proj"):
+            export(tmp_path / "ours", tmp_path / "out", format)
+        assert not (tmp_path / "out").exists()
