@@ -3,8 +3,8 @@
 Usage: python engines/compare.py MODEL [--formats granitemoeshared,gguf-f32,…] [--json OUT]
            [--vllm .engines/vllm/bin/python] [--llamacpp .engines/llamacpp/bin/python]
 
-Engines run in environments of their own (`make engines`), and know nothing of `pesc`. An engine whose environment is
-missing is left out, and said so. Exit code 1 when one of them differs.
+Engines run in environments of their own (`make test-engines`), and know nothing of `pesc`. An engine whose
+environment is missing is left out, and said so. Exit code 1 when one of them differs.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def main() -> int:
                 continue
             for python, script, environment in engines_for(format, arguments):
                 if not Path(python).exists():
-                    print(f"{format}: left out, no {python}: run `make engines`", flush=True)
+                    print(f"{format}: left out, no {python}: run `make test-engines`", flush=True)
                     continue
                 start = time.perf_counter()
                 try:

@@ -159,11 +159,13 @@ def test_rounded_files_keep_routers_and_norms_whole(format: str, error: float, t
 
 
 def test_llama3_frequencies_are_written(tmp_path: Path) -> None:
-    ours = with_tokenizer(disturbed(tmp_path, "llama", WIDE | {"rope_parameters": ROPES["llama3"]}))
+    rope = ROPES["llama3"] | {"original_max_position_embeddings": 300}
+    dense = WIDE | {"rope_parameters": rope, "max_position_embeddings": 2048}
+    ours = with_tokenizer(disturbed(tmp_path, "llama", dense))
     _, theirs = read(export(ours, tmp_path / "out.gguf", "gguf-f32"))
     plain = 5e5 ** -(np.arange(0, 8, 2) / 8)
     long = 2 * np.pi / plain
-    smooth = np.clip((32 / long - 1) / 3, 0, 1)
+    smooth = np.clip((300 / long - 1) / 3, 0, 1)
     factors = 1 / ((1 - smooth) / 8 + smooth)
     torch.testing.assert_close(theirs["rope_freqs.weight"], torch.from_numpy(factors).float())
     assert 1 < factors[1] < 8

@@ -24,11 +24,13 @@ import pytest
 import torch
 from openai import APIStatusError, APITimeoutError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from peft import LoraConfig
+from transformers.cli.serving.utils import parse_assistant_message
 
 import pesc
 from checkpoints import tiny_dense
 from pesc import PescConfig
 from pesc.crafting.surgery import expert_parameters
+from pesc.serving.app import build_app
 from pesc.serving.server import serve
 
 CONFIG = PescConfig(num_experts=4, adapter_dim=8)
@@ -232,6 +234,15 @@ def test_completions_and_responses(server: Server) -> None:
     answer = client.completions.create(model="crafted", prompt="abc", max_tokens=3, logit_bias=None)
     assert answer.usage.prompt_tokens == 3
     assert client.responses.create(model="crafted", input="abc", max_output_tokens=3).status == "completed"
+
+
+def test_a_crafted_model_calls_tools_as_its_family_does(folders: dict[str, Path]) -> None:
+    model, tokenizer = pesc.load(folders["crafted"]), pesc.load_tokenizer(folders["crafted"])
+    model.config.base_model_type = "qwen2"
+    build_app("crafted", model, tokenizer, None)
+    tokens = tokenizer('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call><|im_end|>')["input_ids"]
+    _, _, calls = parse_assistant_message(tokenizer, model, tokens, [1])
+    assert [(call.name, call.arguments) for call in calls] == [("f", '{"a": 1}')]
 
 
 def test_sampling_is_asked_for_by_temperature(server: Server) -> None:

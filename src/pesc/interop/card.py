@@ -25,7 +25,7 @@ def write_card(target: Path, *, name: str, base: str, base_folder: Path, config:
     Args:
         target: the folder.
         name: of the model.
-        base: the dense model's name: a hub id or a path.
+        base: the dense model's name: a hub id or a path; empty where nobody knows.
         base_folder: where the base's own card lies.
         config: of the exported model, crafted or dense.
         run: the run's folder, whose recipe.yaml and results.json are quoted where they are there.
@@ -33,14 +33,16 @@ def write_card(target: Path, *, name: str, base: str, base_folder: Path, config:
     recipe = _yaml(run / RECIPE) if run and (run / RECIPE).is_file() else None
     results = read_json(run / RESULTS) if run and (run / RESULTS).is_file() else None
     matter = _matter(base, base_folder, crafted=config.model_type == "pesc")
+    family = getattr(config, "base_model_type", None) or config.model_type
+    shown = matter.get("base_model") or Path(base).name or f"a dense {family} model"
     sections = [
         f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
         f"# {name}",
-        _what(config, matter.get("base_model") or Path(base).name),
+        _what(config, shown),
         _use(),
         _training(recipe, results),
         _results(results),
-        _intended_use(matter.get("base_model") or Path(base).name),
+        _intended_use(shown),
         _licence(licence_of(base_folder)),
     ]
     (target / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
@@ -84,7 +86,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 def _what(config: Any, base: str) -> str:
     if config.model_type != "pesc":
-        return f"{base}, tuned with LoRA, which is folded into the weights."
+        return f"Made from {base}: tuned with LoRA, which is folded into the weights."
     method = config.method
     layers = "every layer" if method.layers is None else f"layers {method.layers}"
     rows = {
@@ -140,9 +142,9 @@ def _results(results: dict[str, Any] | None) -> str:
 def _intended_use(base: str) -> str:
     return (
         "## Intended use and limits\n\n"
-        f"Research on, and use of, small-cost mixtures of experts, within what {base} itself is meant and allowed for. "
-        "The model has its base's knowledge, languages, biases and errors, and those of the data it was tuned on. It "
-        "was not tested for safety: do not let it act or advise unwatched where an error would harm someone."
+        f"Research on, and use of, small-cost mixtures of experts, within what its base ({base}) is meant and allowed "
+        "for. The model has its base's knowledge, languages, biases and errors, and those of the data it was tuned on. "
+        "It was not tested for safety: do not let it act or advise unwatched where an error would harm someone."
     )
 
 

@@ -197,6 +197,6 @@ def _export_standalone(model: _Model, out: Path) -> Path:
         for name in (RECIPE, RESULTS):
             if model.run and (model.run / name).is_file():
                 shutil.copyfile(model.run / name, partial / name)
-        base = base_of(model.path) if model.adapter else (model.config.name_or_path or out.name)
+        base = base_of(model.path) if model.adapter else ""
         write_card(partial, name=out.name, base=base, base_folder=model.folder, config=model.config, run=model.run)
     return out

@@ -10,7 +10,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
 from pesc.crafting.adapter import add_lora, save_adapter, train_experts
@@ -52,16 +52,8 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     if adapter.exists():
         console.print(f"{recipe.output} holds this run, complete: nothing to do")
         return adapter
-    rows = read_rows(recipe.train_data)
     tokenizer = load_tokenizer(recipe.model)
-    encoded = encode_rows(rows, tokenizer, recipe.max_length)
-    if encoded.cut or encoded.dropped:
-        console.print(
-            f"{encoded.cut} of {len(rows)} rows were cut to {recipe.max_length} tokens; {encoded.dropped} dropped, "
-            "which had nothing to learn within that length"
-        )
-    if not encoded.rows:
-        raise ValueError(f"{recipe.train_data} has no row with anything to learn within {recipe.max_length} tokens")
+    rows = _encoded_rows(recipe, tokenizer, console)
     recipe.output.mkdir(parents=True, exist_ok=True)
     recipe.save(recipe.output / RECIPE)
     writer = MetricsWriter(recipe.output / METRICS, console, label)
@@ -69,7 +61,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         trainer = PescTrainer(
             build_model(recipe),
             args=_arguments(recipe),
-            train_dataset=datasets.Dataset.from_list(encoded.rows),
+            train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[writer],
         )
@@ -114,6 +106,19 @@ def last_checkpoint(output: Path) -> str | None:
         if (folder / "trainer_state.json").is_file()
     ]
     return str(max(found, key=lambda folder: int(folder.name.split("-")[-1]))) if found else None
+
+
+def _encoded_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[dict[str, list[int]]]:
+    rows = read_rows(recipe.train_data)
+    encoded = encode_rows(rows, tokenizer, recipe.max_length)
+    if encoded.cut or encoded.dropped:
+        console.print(
+            f"{encoded.cut} of {len(rows)} rows were cut to {recipe.max_length} tokens; {encoded.dropped} dropped, "
+            "which had nothing to learn within that length"
+        )
+    if not encoded.rows:
+        raise ValueError(f"{recipe.train_data} has no row with anything to learn within {recipe.max_length} tokens")
+    return encoded.rows
 
 
 def _refuse_another_recipe(recipe: Recipe) -> None:
