@@ -36,7 +36,8 @@ MESSAGES = [
     {"role": "assistant", "content": "12 + 30 = 42."},
     {"role": "user", "content": "Write a short story about a clerk in Bern."},
 ]
-LOSSY = ("gguf-f16", "gguf-q8_0")
+LOSSY = {"gguf-f16": 0.01, "gguf-q8_0": 0.15}
+"""Files of fewer bits, in which llama.cpp rounds activations too: the largest mean difference."""
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -71,8 +72,11 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        exact = self.largest <= TOLERANCE and self.greedy == self.greedy_of
-        return (exact or self.format in LOSSY) and self.vocabulary in ("", "equal")
+        if self.format in LOSSY:
+            near = self.mean <= LOSSY[self.format] and self.largest < float("inf")
+        else:
+            near = self.largest <= TOLERANCE and self.greedy == self.greedy_of
+        return near and self.vocabulary in ("", "equal")
 
 
 @torch.no_grad()

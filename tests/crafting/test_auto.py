@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import FAMILIES, disturb, tiny_model, tokens
-from pesc import PescConfig, craft
+from families import FAMILIES, UNTRIED, disturb, tiny_model, tokens
+from pesc import PescConfig, craft, craft_checkpoint
+from pesc.crafting.info import describe
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 SMALL = {"num_experts": 4, "adapter_dim": 8}
@@ -23,6 +24,25 @@ SMALL = {"num_experts": 4, "adapter_dim": 8}
 
 def crafted_model(family: str = "llama", dtype: torch.dtype = torch.float32, **settings):
     return disturb(craft(tiny_model(family, dtype), PescConfig(**(SMALL | settings)))).eval()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNTRIED])
+def test_a_dense_checkpoint_crafts_saves_and_loads(family: str, tmp_path: Path) -> None:
+    """Also where transformers stores weights under other names than the model has (gpt_neox)."""
+    dense = tiny_model(family)
+    dense.save_pretrained(tmp_path / "dense")
+    on_disk = set(load_file(tmp_path / "dense" / "model.safetensors"))
+    crafted = disturb(
+        craft(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), PescConfig(**SMALL)), seed=3
+    ).eval()
+    crafted.save_pretrained(tmp_path / "crafted")
+    assert on_disk <= set(load_file(tmp_path / "crafted" / "model.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "crafted")
+    assert torch.equal(loaded(tokens()).logits, crafted(tokens()).logits)
+    craft_checkpoint(tmp_path / "dense", tmp_path / "linked", PescConfig(**SMALL))
+    linked = AutoModelForCausalLM.from_pretrained(tmp_path / "linked")
+    assert torch.equal(linked(tokens()).logits, dense(tokens()).logits)
+    assert describe(tmp_path / "linked").missing == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +62,7 @@ def test_config_keeps_dense_fields_at_the_top_and_its_own_type(tmp_path: Path) -
     assert (values["model_type"], values["base_model_type"], values["architectures"]) == (
         "pesc",
         "qwen3",
-        ["PescForCausalLM"],
+        ["PescQwen3ForCausalLM"],
     )
     assert values["hidden_size"] == 32
     assert values["pesc"]["num_experts"] == [4, 4, 2]

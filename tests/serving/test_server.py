@@ -339,7 +339,7 @@ def test_hands_a_folded_folder_to_vllm_and_clears_it_away(
     verb, folder, *options = how["arguments"]
     assert (verb, how["key"]) == ("serve", KEY)
     assert options[:5] == ["--served-model-name", "run", "--host", "127.0.0.1", "--port"]
-    assert KEY not in options
+    assert options[6:] == ["--dtype", "float32"]
     assert not Path(folder).exists()
     tokens = torch.arange(9)[None]
     with torch.no_grad():

@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from pesc.crafting.model_config import PescModelConfig
@@ -204,4 +208,15 @@ def extended(dense: Any, mixin: Any) -> type:
     namespace: dict[str, Any] = {"__module__": __name__}
     if mixin is PescForCausalLM:
         namespace |= {"forward": crafted_forward(dense.forward), "router_loss": router_loss}
-    return type(mixin.__name__, (mixin, dense), namespace)
+    name = f"Pesc{dense.__name__}"
+    _take_over_renamings(dense, name)
+    return type(name, (mixin, dense), namespace)
+
+
+def _take_over_renamings(dense: Any, name: str) -> None:
+    # transformers knows by class name, or model type, which weights have other names on disk than in the model.
+    renamings = get_checkpoint_conversion_mapping(dense.__name__)
+    if renamings is None:
+        renamings = get_checkpoint_conversion_mapping(dense.config_class.model_type)
+    if renamings is not None:
+        register_checkpoint_conversion_mapping(name, renamings, overwrite=True)

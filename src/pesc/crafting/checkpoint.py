@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from pesc.config import PescConfig
 from pesc.crafting.dense import load_config, resolve
@@ -95,6 +97,17 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+def names_in_model(model: Any, names: Iterable[str]) -> set[str]:
+    """Names that tensors of a checkpoint have in the model, where transformers gives them others."""
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    found = set()
+    for name in names:
+        for rule in renamings:
+            name, _ = rule.rename_source_key(name)
+        found.add(name)
+    return found
+
+
 def tensor_names(file: Path) -> list[str]:
     """Names of the tensors in a safetensors file.
 
@@ -137,7 +150,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def _check_dense_weights(skeleton: Any, weight_map: dict[str, str], new: set[str], source: Path) -> None:
     tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
     expected = {name for name, _ in skeleton.named_parameters()} - new
-    lines = [f"  missing: {name}" for name in sorted(expected - set(weight_map) - tied)]
+    lines = [f"  missing: {name}" for name in sorted(expected - names_in_model(skeleton, weight_map) - tied)]
     lines += [f"  taken by an expert's name: {name}" for name in sorted(new & set(weight_map))]
     if lines:
         raise ValueError(f"{source} does not hold the dense model that its config describes:\n" + "\n".join(lines))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from pesc.crafting.adapter import base_of, find_adapter, fold, load
-from pesc.crafting.dense import load_tokenizer, resolve
+from pesc.crafting.dense import load_config, load_tokenizer, resolve
 from pesc.quiet import quiet_libraries
 
 Engine = Literal["auto", "vllm", "transformers"]
@@ -133,6 +133,8 @@ def _serve_by_vllm(model: str | Path, host: str, port: int, api_key: str | None)
 def _run_vllm(folder: Path, name: str, host: str, port: int, api_key: str | None) -> None:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--served-model-name", name, "--host", host, "--port", str(port)]
+    if load_config(folder).dtype == torch.float32:
+        command += ["--dtype", "float32"]  # of itself, vLLM rounds such weights to bfloat16
     # Not on the command line, where every user of the machine can read it.
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key is not None else {})
     # A process group of its own: Ctrl-C reaches vLLM once, through us, and the folder outlives it.
@@ -150,4 +152,6 @@ def _run_vllm(folder: Path, name: str, host: str, port: int, api_key: str | None
         for number, handler in before.items():
             signal.signal(number, handler)
     if code and not stopped:
-        raise OSError(f"vLLM ended with exit code {code}: its messages above say why; --engine transformers needs none")
+        raise OSError(
+            f"vLLM ended with exit code {code}: its messages above say why; --engine transformers does without"
+        )
