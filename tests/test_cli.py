@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from checkpoints import tiny_dense, write_rows
-from safetensors.torch import load_file, save_file
 from pesc.cli import app, main
 
 VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench"]

@@ -278,3 +278,10 @@ def test_an_adapters_base_is_checked_where_it_is_within_reach(tmp_path: Path) ->
     assert not verify(adapter).whole
     (adapter / "adapter.safetensors").unlink()
     assert "holds no adapter.safetensors" in _messages(verify(adapter))[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_ours_is_whole(family: str, tmp_path: Path) -> None:
+    crafted = disturb(craft(tiny_model(family), PescConfig(num_experts=4, adapter_dim=8)))
+    crafted.save_pretrained(tmp_path)
+    assert verify(tmp_path).findings == []

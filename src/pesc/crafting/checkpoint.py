@@ -97,14 +97,14 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def names_in_model(model: Any, names: Iterable[str]) -> set[str]:
-    """Names that tensors of a checkpoint have in the model, where transformers gives them others."""
+def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The name in the model of each tensor of a checkpoint: another one where transformers renames weights."""
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    found = set()
+    found = {}
     for name in names:
+        found[name] = name
         for rule in renamings:
-            name, _ = rule.rename_source_key(name)
-        found.add(name)
+            found[name], _ = rule.rename_source_key(found[name])
     return found
 
 
@@ -150,7 +150,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 def _check_dense_weights(skeleton: Any, weight_map: dict[str, str], new: set[str], source: Path) -> None:
     tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
     expected = {name for name, _ in skeleton.named_parameters()} - new
-    lines = [f"  missing: {name}" for name in sorted(expected - names_in_model(skeleton, weight_map) - tied)]
+    lines = [
+        f"  missing: {name}" for name in sorted(expected - set(names_in_model(skeleton, weight_map).values()) - tied)
+    ]
     lines += [f"  taken by an expert's name: {name}" for name in sorted(new & set(weight_map))]
     if lines:
         raise ValueError(f"{source} does not hold the dense model that its config describes:\n" + "\n".join(lines))

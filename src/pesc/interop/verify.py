@@ -19,6 +19,7 @@ from pesc.crafting.adapter import (
     find_adapter,
     weights_hash,
 )
+from pesc.crafting.checkpoint import names_in_model
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_config, read_json, resolve
 from pesc.crafting.model_config import MODEL_TYPE
@@ -120,9 +121,12 @@ def _check_crafted(folder: Path, weights: Weights, report: Report) -> None:
     except (StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     report.facts |= {"base": config.base_model_type, "pesc": config.method.to_dict()}
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    in_model = names_in_model(skeleton, weights.tensors)
+    on_disk = {name: stored for stored, name in in_model.items()}
+    shapes = {on_disk.get(name, name): tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     _compare(shapes, weights, report)
-    for name in sorted(weights.tensors.keys() - set(skeleton.state_dict()) - tied_names(skeleton)):
+    known = set(skeleton.state_dict()) | tied_names(skeleton)
+    for name in sorted(stored for stored, name in in_model.items() if name not in known):
         ours = ".router." in name or ".experts." in name
         report.add("error" if ours else "warning", f"unexpected: {name}")
     _count_banks(shapes, weights, report)
