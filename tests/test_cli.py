@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import tiny_dense, write_rows
 from pesc.cli import app, main
 
-VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench"]
+VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench", "serve"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -177,6 +177,37 @@ def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json", negat
     else:
         show_report(report, _console())
     return 0 if report.whole else 1
+
+
+@app.command
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: Annotated[str | None, Parameter(env_var="PESC_API_KEY")] = None,
+    engine: Literal["auto", "vllm", "transformers"] = "auto",
+) -> None:
+    """Serve a model behind OpenAI's API until Ctrl-C, by vLLM where it is installed, else by transformers.
+
+    Example: `pesc serve runs/demo --port 8000`
+
+    Parameters
+    ----------
+    model
+        A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
+    host
+        Address to bind; only this machine can reach the default.
+    port
+        0 takes any free one.
+    api_key
+        What clients must send.
+    engine
+        "auto" is vLLM where it is installed, and transformers elsewhere.
+    """
+    from pesc.serving.server import serve as run
+
+    run(model, host=host, port=port, api_key=api_key, engine=engine)
 
 
 @app.command

@@ -108,7 +108,8 @@ class CraftedFFN(nn.Module):
         weights_TK, index_TK = self.router(x_TD)
         adapted_TD = h_TD if self.sequential else x_TD
         if self.sequential and self.partial:
-            adapted_TD = tensor_model_parallel_all_reduce(h_TD)
+            # Of a copy: on some devices vLLM sums in place.
+            adapted_TD = tensor_model_parallel_all_reduce(h_TD.clone())
         delta_TD = self.experts(adapted_TD, weights_TK * self.scaling, index_TK)
         if not self.partial:
             delta_TD = tensor_model_parallel_all_reduce(delta_TD)
