@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _REGISTRY = "transformers.models.auto.configuration_auto"
 
@@ -31,27 +32,30 @@ def _register() -> None:
 
 
 class _RegistryFinder(importlib.abc.MetaPathFinder):
-    """Finds transformers' registry as usual and adds one step after its execution; passes on everything else."""
+    """Finds transformers' registry as usual and adds a step after its execution; passes on everything else."""
+
+    searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != _REGISTRY or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            _register_after(spec.loader)
         return spec
 
 
-class _RegisteringLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+def _register_after(loader: Any) -> None:
+    execute = loader.exec_module
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
         _register()
+
+    loader.exec_module = exec_module

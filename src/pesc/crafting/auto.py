@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from pesc.crafting.model_config import PescModelConfig
 from pesc.crafting.surgery import add_experts, crafted_ffns
+from pesc.method.extend import Extension, extend_class
 from pesc.method.losses import router_losses
 from pesc.method.router import record_router_logits
 
 
-class PescBackbone(PreTrainedModel):
+class PescBackbone(Extension, PreTrainedModel):
     """Extends a dense backbone: its output carries `router_logits` when they are asked for."""
+
+    prefix = "Pesc"
 
     def forward(self, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
         """The dense forward; `router_logits` is a tuple with a [T, E] fp32 tensor for each crafted layer."""
@@ -38,12 +42,20 @@ class PescBackbone(PreTrainedModel):
         return outputs
 
 
-class PescForCausalLM(PreTrainedModel):
+class PescForCausalLM(Extension, PreTrainedModel):
     """Extends a dense causal LM whose FFNs have experts.
 
     Saved with `save_pretrained`, loaded with `from_pretrained` or the Auto classes. In training, the loss includes
     the router's losses, weighted as the config says.
     """
+
+    prefix = "Pesc"
+
+    @classmethod
+    def namespace(cls, dense: Any) -> dict[str, Any]:
+        """The forward around the dense family's."""
+        _take_over_renamings(dense, cls.prefix + dense.__name__)
+        return {"forward": crafted_forward(dense.forward)}
 
     def __init__(self, config: PescModelConfig, *args: Any, **kwargs: Any) -> None:
         requested = config._experts_implementation
@@ -77,17 +89,38 @@ class PescForCausalLM(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save a standalone folder.
+        """Save a standalone folder; while the model carries LoRA, the adapter's files, as `pesc.save_adapter` does."""
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, *args, **kwargs)
+        elif kwargs.get("is_main_process", True):
+            from pesc.crafting.adapter import write_adapter
 
-        Raises:
-            ValueError: while the model carries LoRA, of which transformers would save nothing else.
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_adapter(self, Path(save_directory))
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: every dense module is transformers' own, and is initialised and renamed by its rules."""
+        return False
+
+    def router_loss(
+        self, router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The router's losses for one batch.
+
+        Args:
+            router_logits: a [T, E] tensor for each crafted layer, as `record_router_logits` collects them.
+            attention_mask: [B, S], 1 for real tokens.
+
+        Returns:
+            (balance loss summed over layers, without its weight; what is added to the loss, weights included).
         """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "the model carries LoRA that is not folded in: save it with pesc.save_adapter(model, folder), or fold "
-                "it first with pesc.fold(model)"
-            )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        method = self.config.method
+        top_k = [ffn.router.num_experts_per_tok for _, ffn in crafted_ffns(self)]
+        balance, z = router_losses(
+            router_logits=router_logits, num_experts_per_tok=top_k, attention_mask=attention_mask
+        )
+        return balance, method.router_aux_loss_coef * balance + method.router_z_loss_coef * z
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         # Both public ways to switch checkpointing on, the newer one and the deprecated one, end here.
@@ -117,7 +150,7 @@ def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
     """
     signature = inspect.signature(dense_forward)
     extra = inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
-    named = list(signature.parameters.values())
+    named = [p for p in signature.parameters.values() if p.name != extra.name]
     catch_all = [p for p in named if p.kind is inspect.Parameter.VAR_KEYWORD]
 
     @functools.wraps(dense_forward)
@@ -152,25 +185,6 @@ def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def router_loss(
-    self: Any, router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A crafted model's router losses for one batch.
-
-    Args:
-        self: the model.
-        router_logits: a [T, E] tensor for each crafted layer, as `record_router_logits` collects them.
-        attention_mask: [B, S], 1 for real tokens.
-
-    Returns:
-        (balance loss summed over layers, without its weight; what is added to the loss, weights included).
-    """
-    method = self.config.method
-    top_k = [ffn.router.num_experts_per_tok for _, ffn in crafted_ffns(self)]
-    balance, z = router_losses(router_logits=router_logits, num_experts_per_tok=top_k, attention_mask=attention_mask)
-    return balance, method.router_aux_loss_coef * balance + method.router_z_loss_coef * z
-
-
 def _share_of_batch(labels: Any, num_items: torch.Tensor | int | None) -> torch.Tensor | float:
     # The trainer accumulates gradients over micro-batches whose losses are sums divided by the items of all of them;
     # router losses are means, so each micro-batch must bring its own share for the shares to sum to 1.
@@ -194,23 +208,6 @@ def loading_problems(info: Any) -> str:
     ]
     lines += [f"  unreadable: {error}" for error in info.get("error_msgs") or []]
     return "\n".join(lines)
-
-
-def extend_class(module: Any, mixin: type) -> None:
-    """Put `mixin` in front of a module's class, in place."""
-    dense: Any = type(module)
-    module.__class__ = extended(dense, mixin)
-
-
-@functools.cache
-def extended(dense: Any, mixin: Any) -> type:
-    """The class of `mixin` in front of a dense class; one for each pair."""
-    namespace: dict[str, Any] = {"__module__": __name__}
-    if mixin is PescForCausalLM:
-        namespace |= {"forward": crafted_forward(dense.forward), "router_loss": router_loss}
-    name = f"Pesc{dense.__name__}"
-    _take_over_renamings(dense, name)
-    return type(name, (mixin, dense), namespace)
 
 
 def _take_over_renamings(dense: Any, name: str) -> None:

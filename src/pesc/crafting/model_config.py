@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from pesc.config import PescConfig
 
 MODEL_TYPE = "pesc"
+# What a crafted config says itself; some dense families have fields of these names, empty.
+_OWNED = ("pesc", "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 
 
 def register() -> None:
@@ -33,6 +35,8 @@ class PescModelConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    # No remote code; trl looks for it where the architecture is not transformers' own.
+    auto_map: ClassVar[dict[str, str]] = {}
     base_model_type: str | None = None
     pesc: PescConfig | dict[str, Any] | None = None
     output_router_logits: bool = False
@@ -74,10 +78,18 @@ class PescModelConfig(PreTrainedConfig):
         """E, or a list with one for each crafted layer."""
         return self.method.num_experts
 
+    @num_experts.setter
+    def num_experts(self, value: object) -> None:
+        _refuse_value("num_experts", value)
+
     @property
     def num_experts_per_tok(self) -> int | list[int]:
         """K, or a list with one for each crafted layer."""
         return self.method.num_experts_per_tok
+
+    @num_experts_per_tok.setter
+    def num_experts_per_tok(self, value: object) -> None:
+        _refuse_value("num_experts_per_tok", value)
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -94,7 +106,8 @@ def crafted_config_class(dense: type[PreTrainedConfig]) -> type[PescModelConfig]
     """The config class of a dense config class's crafted models, known to `AutoModelForCausalLM` from here on."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    from pesc.crafting.auto import PescForCausalLM, extended
+    from pesc.crafting.auto import PescForCausalLM
+    from pesc.method.extend import extended
 
     config_class = type(PescModelConfig.__name__, (PescModelConfig, dense), {"__module__": __name__})
     model_class = extended(MODEL_FOR_CAUSAL_LM_MAPPING[dense], PescForCausalLM)
@@ -132,9 +145,14 @@ def crafted_config(dense_config: PreTrainedConfig, config: PescConfig) -> PescMo
     """
     config_class = config_class_of_family(dense_config.model_type)
     values = dense_config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map"):
+    for key in (*_OWNED, "model_type", "architectures", "transformers_version", "auto_map"):
         values.pop(key, None)
     new = config_class(**values, base_model_type=dense_config.model_type, pesc=config)
     new.name_or_path = dense_config.name_or_path or ""
     new._attn_implementation = dense_config._attn_implementation
     return new
+
+
+def _refuse_value(name: str, value: object) -> None:
+    if value:  # a dense family's own empty field is no request
+        raise ValueError(f"{name} ({value!r}) is read from the settings under `pesc`: set it there")

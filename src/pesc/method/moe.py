@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from pesc.config import LayerConfig, PescConfig
 from pesc.method.experts import Experts, build_experts
+from pesc.method.extend import Extension, extend_class
 from pesc.method.router import Router
 
 
-class CraftedFFN(nn.Module):
+class CraftedFFN(Extension, nn.Module):
     """Extends a dense FFN's class: y = F(x) + s * sum_i R_i(x) a_i(.) over the K experts chosen for each token.
 
     Since a token's weights R_i sum to 1, this is eq. 7 with the shared FFN run once per token and no copy of its
@@ -23,6 +24,7 @@ class CraftedFFN(nn.Module):
     checkpoints, tensor-parallel plans and LoRA targets. `craft_ffn` makes one.
     """
 
+    prefix = "Crafted"
     router: Router
     experts: Experts
     adapter_placement: str
@@ -61,7 +63,7 @@ def craft_ffn(ffn: nn.Module, hf_config: Any, config: PescConfig, layer: LayerCo
     Returns:
         The same module, now a `CraftedFFN`, computing exactly what it computed before.
     """
-    ffn.__class__ = crafted_ffn_class(type(ffn))
+    extend_class(ffn, CraftedFFN)
     assert isinstance(ffn, CraftedFFN)
     ffn.router = Router(hidden_size, layer.num_experts, layer.num_experts_per_tok)
     ffn.experts = build_experts(
@@ -75,13 +77,3 @@ def craft_ffn(ffn: nn.Module, hf_config: Any, config: PescConfig, layer: LayerCo
     ffn.adapter_scaling = config.adapter_scaling
     ffn.adapter_dropout = config.adapter_dropout
     return ffn
-
-
-_CLASSES: dict[type[nn.Module], type[CraftedFFN]] = {}
-
-
-def crafted_ffn_class(dense: type[nn.Module]) -> type[CraftedFFN]:
-    """The class of a dense FFN class's crafted modules; one for each dense class."""
-    if dense not in _CLASSES:
-        _CLASSES[dense] = type(f"Crafted{dense.__name__}", (CraftedFFN, dense), {"__module__": __name__})
-    return _CLASSES[dense]

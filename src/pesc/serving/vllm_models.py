@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.registry import ModelRegistry
 
 from pesc.config import PescConfig
+from pesc.crafting.checkpoint import names_in_model
 from pesc.crafting.model_config import crafted_config
 from pesc.serving.vllm_experts import CraftedFFN, craft_ffn
 from pesc.serving.vllm_plugin import PREFIX
@@ -92,7 +93,7 @@ class _Check:
         # vLLM's fallback for families without a class of its own sets this to an implementation of vLLM's.
         config._attn_implementation = None
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(crafted_config(config, settings))
+            self.skeleton = skeleton = AutoModelForCausalLM.from_config(crafted_config(config, settings))
         # Quantized dense weights have other names and shapes, which vLLM's quantization checks itself.
         self.dense = dense
         self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
@@ -103,15 +104,17 @@ class _Check:
     def passing(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that fit; the others are noted for `finish`."""
         for name, tensor in weights:
-            self.missing.discard(name)
+            in_model = names_in_model(self.skeleton, [name])[name]
+            self.missing.discard(in_model)
+            expected = self.shapes.get(in_model)
             # Buffers that older checkpoints hold; every model computes them itself.
             known = name.endswith("rotary_emb.inv_freq") or (not self.dense and not _OURS.search(name))
-            if known or self.shapes.get(name) == tuple(tensor.shape):
+            if known or expected == tuple(tensor.shape):
                 yield name, tensor
-            elif name not in self.shapes:
+            elif expected is None:
                 self.problems.append(f"  unexpected: {name}")
             else:
-                shapes = f"{list(tensor.shape)} in the file, {list(self.shapes[name])} by the config"
+                shapes = f"{list(tensor.shape)} in the file, {list(expected)} by the config"
                 self.problems.append(f"  wrong shape: {name} is {shapes}")
 
     def finish(self) -> None:
