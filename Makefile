@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PESC_CACHE ?= $(HOME)/.cache/pesc
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slow lint check setup clean
+.PHONY: demo test test-slow test-engines lint check setup clean
 
 demo: setup
 	$(BIN)/pesc demo
@@ -20,6 +20,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# vLLM and llama.cpp in environments of their own; the second compiles for some minutes.
+test-engines: setup .engines/.setup
+	$(BIN)/python -m pytest -m engines tests/engines/test_exports.py -s
+	.engines/vllm/bin/python -m pytest -m engines tests/engines/test_vllm_plugin.py -s
+
+.engines/.setup: engines/requirements-vllm.txt engines/requirements-llamacpp.txt
+	$(PYTHON) -m venv .engines/vllm
+	.engines/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -r engines/requirements-vllm.txt
+	.engines/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PYTHON) -m venv .engines/llamacpp
+	CMAKE_ARGS=-DGGML_NATIVE=OFF .engines/llamacpp/bin/pip install --quiet --disable-pip-version-check \
+		--no-cache-dir -r engines/requirements-llamacpp.txt
+	touch $@
 
 check: lint test test-slow
 

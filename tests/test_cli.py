@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import tiny_dense, write_rows
 from pesc.cli import app, main
 
-VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench", "serve"]
+VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench", "serve", "export"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -46,6 +46,18 @@ def test_craft_info_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "pesc chat" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "run")]) == 0
     assert "adapter of" in capsys.readouterr().out
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, out = str(tiny_dense(tmp_path / "dense")), str(tmp_path / "crafted")
+    assert main(["craft", dense, out, "--num-experts", "4", "--adapter-dim", "8"]) == 0
+    assert main(["export", out, str(tmp_path / "layout"), "--format", "sparsetral"]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "layout")]) == 0
+    assert main(["export", out, str(tmp_path / "stock"), "--format", "stock"]) == 1
+    assert "parallel" in capsys.readouterr().err
+    assert main(["craft", dense, str(tmp_path / "lists"), "--num-experts", "4", "2", "--adapter-dim", "8"]) == 0
+    assert "[4, 2] in every layer" in capsys.readouterr().out
 
 
 def test_import_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ app = App(
     version=pesc.__version__,
     help_format="markdown",
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(consume_multiple=True, negative=""),
 )
 
 
@@ -46,7 +47,10 @@ def demo(*, output: Path = Path("runs/demo")) -> None:
 
 @app.command
 def craft(
-    model: str, out: Path, *, config: Annotated[PescConfig | None, Parameter(name="*", negative="")] = None
+    model: str,
+    out: Path,
+    *,
+    config: Annotated[PescConfig | None, Parameter(name="*")] = None,
 ) -> None:
     """Give a dense checkpoint routers and experts, on disk, without loading its weights.
 
@@ -91,7 +95,7 @@ def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=
 
 
 @app.command
-def info(model: str, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+def info(model: str, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
     """Say what a model is: family, experts, parameters, sizes, missing or untouched experts.
 
     Example: `pesc info runs/demo --json`
@@ -156,7 +160,33 @@ def import_(checkpoint: str, out: Path) -> None:
 
 
 @app.command
-def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+def export(model: str, out: Path, *, format: str = "pesc") -> None:
+    """Write a tuned model for others to load: standalone, for stock engines, for llama.cpp, in a published layout.
+
+    Example: `pesc export runs/demo standalone --format pesc`
+
+    Parameters
+    ----------
+    model
+        A run, an adapter or a crafted folder.
+    out
+        Folder to write, or a .gguf file; must not exist yet.
+    format
+        pesc: a folder with LoRA folded in and a model card. adapter: the small folder alone. stock: an architecture
+        of transformers and vLLM that suits the base (granitemoeshared, qwen2_moe, qwen3_next by name). gguf-f32,
+        gguf-f16, gguf-q8_0: a file for llama.cpp. camelidae, sparsetral: the published layouts. stock and gguf need
+        parallel + swiglu experts, the layouts the paper's sequential + gelu.
+    """
+    from pesc.interop.exporter import export as write
+    from pesc.quiet import quiet_libraries
+
+    with quiet_libraries():
+        written = write(model, out, format)
+    _console().print(f"wrote {written}", highlight=False)
+
+
+@app.command
+def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int:
     """Check that a model's files hold the experts they promise; exit code 1 when they do not.
 
     Example: `pesc verify camelidae-8x7b.Q4_K_M.gguf`
@@ -213,9 +243,9 @@ def serve(
 @app.command
 def bench(
     *,
-    config: Annotated[BenchConfig | None, Parameter(name="*", negative="")] = None,
+    config: Annotated[BenchConfig | None, Parameter(name="*")] = None,
     output: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Time a crafted model beside its dense one, and beside other ways to compute the same, in one run.
 
@@ -252,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CycloptsError:
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what is written", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"pesc: {error}", file=sys.stderr)

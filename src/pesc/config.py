@@ -147,7 +147,11 @@ class PescConfig:
     def _layer_problems(self) -> list[str]:
         if self.layers is None:
             return []
-        if not self.layers or not all(_is_int(index) and index >= 0 for index in self.layers):
+        if (
+            not isinstance(self.layers, list)
+            or not self.layers
+            or not all(_is_int(index) and index >= 0 for index in self.layers)
+        ):
             return [f"layers ({self.layers!r}) must be a list of layer indices from 0, or left out for all layers"]
         if sorted(set(self.layers)) != self.layers:
             return [f"layers ({self.layers!r}) must be in ascending order, each index once"]

@@ -18,6 +18,7 @@ def quiet_libraries() -> Iterator[None]:
     """Inside the block, what is not ours shows errors only, as they would tear a progress bar apart."""
     bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
+    data_bars = datasets.are_progress_bars_disabled()
     levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -32,6 +33,7 @@ def quiet_libraries() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         transformers_logging.set_verbosity(verbosity)
-        datasets.enable_progress_bars()
+        if not data_bars:
+            datasets.enable_progress_bars()
         if bars:
             transformers_logging.enable_progress_bar()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import pesc
@@ -83,9 +83,63 @@ def test_folded_models_compute_the_same_and_stand_alone(tmp_path: Path, method: 
     assert torch.equal(pesc.load(tmp_path / "alone")(IDS).logits, folded(IDS).logits)
 
 
-def test_unfolded_models_refuse_to_save_half(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pesc.save_adapter.*pesc.fold"):
-        tuned(tiny_dense(tmp_path / "dense")).save_pretrained(tmp_path / "out")
+def test_save_pretrained_of_an_unfolded_model_writes_the_adapter(tmp_path: Path) -> None:
+    model = tuned(tiny_dense(tmp_path / "dense"))
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(pesc.load(tmp_path / "out")(IDS).logits, model(IDS).logits)
+
+
+def test_lora_is_kept_in_float32(tmp_path: Path) -> None:
+    model = pesc.add_lora(
+        craft(load_model(tiny_dense(tmp_path / "dense"), dtype="bfloat16"), PescConfig(num_experts=4, adapter_dim=8)),
+        LORA,
+    )
+    dtypes = {"lora_" in name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    pesc.save_adapter(model, tmp_path / "adapter")
+    loaded = pesc.load(tmp_path / "adapter", dtype="bfloat16")
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    assert {p.dtype for p in pesc.fold(model).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save must be left out"),
+        ({"bias": "all"}, r"bias \('all'\) must be 'none'"),
+        ({"target_modules": ["embed_tokens"]}, "must not name the embeddings"),
+    ],
+)
+def test_lora_that_could_not_be_saved_or_folded_is_refused(tmp_path: Path, lora: dict, message: str) -> None:
+    model = load_model(tiny_dense(tmp_path / "dense"))
+    with pytest.raises(ValueError, match=message):
+        pesc.add_lora(model, LoraConfig(**({"r": 2, "target_modules": ["q_proj"]} | lora)))
+
+
+def test_wrapped_and_nameless_models_are_refused(tmp_path: Path) -> None:
+    model = load_model(tiny_dense(tmp_path / "dense"))
+    with pytest.raises(ValueError, match=r"wraps the model: give LoRA to the model itself with pesc.add_lora"):
+        pesc.save_adapter(get_peft_model(model, LORA), tmp_path / "out")
+    model = pesc.add_lora(load_model(tmp_path / "dense"), LORA)
+    model.config.name_or_path = ""
+    with pytest.raises(ValueError, match="was not loaded from anywhere"):
+        pesc.save_adapter(model, tmp_path / "out")
+
+
+def test_a_base_that_moved_is_named_and_found_again(tmp_path: Path) -> None:
+    model = tuned(tiny_dense(tmp_path / "dense"))
+    pesc.save_adapter(model, str(tmp_path / "adapter"))
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"needs its base .*pesc.load\(…, base=…\)"):
+        pesc.load(tmp_path / "adapter")
+    assert torch.equal(pesc.load(tmp_path / "adapter", base=tmp_path / "moved")(IDS).logits, model(IDS).logits)
+
+
+def test_a_damaged_description_is_named(tmp_path: Path) -> None:
+    pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter.json").write_text('{"pesc": null}')
+    with pytest.raises(ValueError, match="lacks base_model, base_sha256, lora"):
+        pesc.load(tmp_path / "adapter")
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pesc.crafting.checkpoint as checkpoint
 from checkpoints import tiny_dense
@@ -39,6 +39,19 @@ def test_dense_weights_are_linked_and_one_shard_is_new(tmp_path: Path) -> None:
     assert new == {"model-experts.safetensors"}
     crafted = AutoModelForCausalLM.from_pretrained(out)
     assert set(load_file(out / "model-experts.safetensors")) == set(expert_parameters(crafted))
+
+
+def test_only_weights_are_linked_so_that_later_saves_stay_in_the_new_folder(tmp_path: Path) -> None:
+    dense = tiny_dense(tmp_path / "dense")
+    before = {file.name: file.read_bytes() for file in dense.iterdir()}
+    out = craft_checkpoint(dense, str(tmp_path / "out"), CONFIG)
+    crafted = AutoModelForCausalLM.from_pretrained(out)
+    crafted.generation_config.max_new_tokens = 7
+    crafted.save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer.chat_template = "changed"
+    tokenizer.save_pretrained(out)
+    assert {file.name: file.read_bytes() for file in dense.iterdir()} == before
 
 
 def test_new_weights_take_the_checkpoints_dtype(tmp_path: Path) -> None:
@@ -82,6 +95,15 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     del values["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     index.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"missing: model.layers.1.mlp.up_proj.weight"):
+        craft_checkpoint(dense, tmp_path / "out", CONFIG)
+
+
+def test_extra_and_misshapen_dense_weights_are_refused(tmp_path: Path) -> None:
+    dense = tiny_dense(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors") | {"model.layers.2.mlp.foo": torch.zeros(1)}
+    tensors["model.norm.weight"] = torch.zeros(5)
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected: model.layers.2.mlp.foo\n.*wrong shape: model.norm.weight"):
         craft_checkpoint(dense, tmp_path / "out", CONFIG)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from families import FAMILIES, UNTRIED, disturb, tiny_model, tokens
 from pesc import PescConfig, craft
@@ -120,3 +122,37 @@ def test_a_failed_craft_leaves_the_model_dense() -> None:
         craft(dense, PescConfig(layers=[9]))
     assert not crafted_ffns(dense)
     assert dense.config.model_type == "llama"
+
+
+def test_models_with_device_hooks_run_their_experts() -> None:
+    """accelerate's hooks stand in front of a module's class; crafting must get behind them."""
+    dense = tiny_model("llama")
+    for name, module in dense.named_modules():
+        if not list(module.children()) or name == "model.layers.0.mlp":
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    before = dense(tokens()).logits
+    crafted = craft(dense, PescConfig(**SMALL))
+    assert torch.equal(crafted(tokens()).logits, before)
+    assert len(crafted(tokens(), output_router_logits=True).router_logits) == 3
+    assert not torch.equal(disturb(crafted)(tokens()).logits, before)
+
+
+def test_a_forward_replaced_by_others_is_refused() -> None:
+    dense = tiny_model("llama")
+    dense.model.layers[1].mlp.forward = dense.model.layers[1].mlp.forward
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        craft(dense, PescConfig(**SMALL))
+
+
+def test_reentrant_checkpointing_switched_on_before_is_refused() -> None:
+    dense = tiny_model("llama")
+    dense.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        craft(dense, PescConfig(**SMALL))
+
+
+def test_crafted_models_pickle_whole() -> None:
+    crafted = disturb(craft(tiny_model("llama"), PescConfig(**SMALL)))
+    restored = pickle.loads(pickle.dumps(crafted))
+    assert type(restored) is type(crafted)
+    assert torch.equal(restored(tokens()).logits, crafted(tokens()).logits)

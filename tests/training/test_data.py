@@ -59,6 +59,7 @@ def test_a_tokenizer_without_template_is_refused() -> None:
         ('{"messages": []}', 'line 2: no list of "messages"'),
         ('{"messages": [{"role": "bot", "content": ""}]}', "role must be one of"),
         ('{"messages": [{"role": "user", "content": 3}]}', "content must be text"),
+        ('{"messages": [{"role": "assistant", "content": "hi"}]}', "starts with the assistant"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "no message of the assistant"),
     ],
 )
@@ -67,6 +68,22 @@ def test_faulty_rows_are_named_by_line(tmp_path: Path, line: str, message: str) 
     path.write_text(json.dumps({"messages": TURNS}) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=message):
         read_rows(path)
+
+
+def test_marks_and_line_ends_of_other_systems(tmp_path: Path) -> None:
+    line = json.dumps({"messages": TURNS})
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\r\n".encode())
+    assert len(read_rows(tmp_path / "bom.jsonl")) == 2
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps({"x": "é"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(ValueError, match="must be UTF-8 text"):
+        read_rows(tmp_path / "latin.jsonl")
+
+
+def test_a_template_that_refuses_a_role_is_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ValueError, match="cannot render the roles system, user, .*no system here"):
+        encode_messages(TURNS, tokenizer)
 
 
 def test_empty_and_missing_files(tmp_path: Path) -> None:

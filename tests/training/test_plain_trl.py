@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from checkpoints import tiny_dense, tiny_tokenizer
-from pesc import PescConfig, craft
+from pesc import PescConfig, craft, craft_checkpoint
 from pesc.crafting.adapter import train_experts
 from pesc.crafting.dense import load_model
 from pesc.crafting.surgery import expert_parameters
@@ -30,3 +31,17 @@ def test_trl_trains_experts_and_router(tmp_path: Path) -> None:
     assert trainer.state.log_history[-1]["train_loss"] > 0
     assert not any(torch.equal(before[name], p) for name, p in expert_parameters(model).items())
     assert model.config.method.router_aux_loss_coef == 0.01
+
+
+def test_trl_loads_a_crafted_folder_by_path_and_saves_checkpoints(tmp_path: Path) -> None:
+    folder = craft_checkpoint(
+        tiny_dense(tmp_path / "dense"), tmp_path / "crafted", PescConfig(num_experts=4, adapter_dim=8)
+    )
+    trainer = SFTTrainer(
+        str(folder),
+        args=SFTConfig(str(tmp_path / "run"), max_steps=1, bf16=False, report_to="none"),
+        train_dataset=Dataset.from_list([{"text": "one two three"}] * 4),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1").config.method.num_experts == 4

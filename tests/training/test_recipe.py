@@ -45,6 +45,7 @@ def test_null_means_without(tmp_path: Path) -> None:
         ("dtype: float16\n", [], "Choose from"),
         ("batch_size: 0\nsteps: 0\n", [], r"steps \(0\) must be at least 1; batch_size \(0\) must be at least 1"),
         ("method: {num_experts_per_tok: 9}\n", [], r"num_experts_per_tok \(9\) must be at most num_experts \(8\)"),
+        ("lora: {alpha: 0, dropout: 2}\nseed: -1\n", [], r"seed \(-1\).*lora.alpha \(0.0\).*lora.dropout \(2.0\)"),
         ("lora: {r: 0}\n", [], r"lora.r \(0\) must be at least 1"),
         ("data: [\n", [], "recipe.yaml"),
     ],
@@ -65,6 +66,11 @@ def test_saved_recipes_load_equal(tmp_path: Path) -> None:
     loaded = recipe(tmp_path, MINIMAL + "method: {num_experts: [2, 4], layers: [0, 1]}\nlora: null\n")
     loaded.save(tmp_path / "saved.yaml")
     assert load_recipe(tmp_path / "saved.yaml") == loaded
+    loaded = recipe(tmp_path, MINIMAL + "lora: {target_modules: [q_proj]}\n", "output=~/x")
+    loaded.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == loaded
+    assert loaded.lora.target_modules == ["q_proj"]
+    assert loaded.output == Path.home() / "x"
 
 
 def test_the_recipe_in_the_repository_is_the_demos() -> None:

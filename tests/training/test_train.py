@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import pesc.training.train as training
 from checkpoints import tiny_dense, write_rows
-from pesc import PescConfig, load, train
+from pesc import PescConfig, craft_checkpoint, load, train
 from pesc.crafting.adapter import adapter_tensors
 from pesc.crafting.info import describe
 from pesc.training.recipe import LoraSettings, Recipe
@@ -127,6 +127,49 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     assert [line["step"] for line in second] == [1, 2, 3, 4, 5, 6]
     assert [line["tokens"] for line in first] == [line["tokens"] for line in second]
     assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], rel=1e-5)
+
+
+def test_an_interruption_after_the_last_step_adds_no_step(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(make_recipe(tmp_path, output=tmp_path / "whole"), console)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_adapter", interrupted)
+        train(make_recipe(tmp_path), console)
+    resumed = train(make_recipe(tmp_path), console)
+    one, other = load_file(whole / "adapter.safetensors"), load_file(resumed / "adapter.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
+
+
+def test_an_interruption_while_a_checkpoint_is_written_resumes(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PescTrainer, "_save_optimizer_and_scheduler", interrupted)
+        train(make_recipe(tmp_path), console)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "adapter").is_dir()
+    train(make_recipe(tmp_path), console)
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+def test_a_crafted_base_with_another_method_is_refused(tmp_path: Path, console: Console) -> None:
+    recipe = make_recipe(tmp_path)
+    craft_checkpoint(tmp_path / "dense", tmp_path / "crafted", METHOD)
+    train(make_recipe(tmp_path, model=str(tmp_path / "crafted"), steps=2), console)
+    other = PescConfig(num_experts=2, adapter_dim=8)
+    with pytest.raises(ValueError, match="crafted already, with other settings"):
+        train(make_recipe(tmp_path, model=str(tmp_path / "crafted"), method=other, output=tmp_path / "new"), console)
+    assert not (tmp_path / "new").exists()
+    assert recipe.method == METHOD
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, console: Console) -> None:

@@ -34,14 +34,30 @@ _LORA_NAME = "default"
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     """Give a model LoRA and say what trains: LoRA, routers and experts; all else is frozen.
 
+    LoRA itself is kept in float32, whatever the model's dtype: its steps are too small for less.
+
     Args:
         model: dense or crafted; changed in place.
         lora: peft's settings.
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: for settings that train more than LoRA, or LoRA on tied embeddings, which cannot be folded.
     """
+    extra = {"modules_to_save": lora.modules_to_save, "trainable_token_indices": lora.trainable_token_indices}
+    problems = [f"{name} must be left out" for name, value in extra.items() if value]
+    if lora.bias != "none":
+        problems.append(f"bias ({lora.bias!r}) must be 'none'")
+    if problems:
+        raise ValueError(f"add_lora: {'; '.join(problems)}: only LoRA, routers and experts train and are saved")
     model.add_adapter(lora, adapter_name=_LORA_NAME)
+    tied = model.config.tie_word_embeddings and isinstance(model.get_input_embeddings(), LoraLayer)
+    if tied or isinstance(model.get_output_embeddings(), LoraLayer):
+        raise ValueError("add_lora: target_modules must not name the embeddings or the output layer")
+    for parameter in _lora_parameters(model).values():
+        parameter.data = parameter.data.float()
     train_experts(model)
     return model
 
@@ -58,7 +74,7 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return expert_parameters(model) | _lora_parameters(model)
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> Path:
+def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
     """Write a model's adapter folder.
 
     Args:
@@ -70,31 +86,61 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> Path:
 
     Raises:
         FileExistsError: when `folder` is there already.
-        ValueError: when the model has neither LoRA nor experts.
+        FileNotFoundError: when the base, whose weights are hashed, is not there.
+        ValueError: when the model has neither LoRA nor experts, or LoRA under another name than "default".
     """
+    with new_folder(Path(folder).expanduser()) as partial:
+        write_adapter(model, partial)
+    return Path(folder).expanduser()
+
+
+def write_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the two files of an adapter folder into a folder that is there; see `save_adapter`."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} wraps the model: give LoRA to the model itself with pesc.add_lora(model, config)"
+        )
     tensors = {name: p.detach().contiguous() for name, p in adapter_tensors(model).items()}
     if not tensors:
         raise ValueError(f"{type(model).__name__} has neither LoRA nor experts: there is no adapter to save")
-    lora = getattr(model, "peft_config", {}).get(_LORA_NAME)
+    loras = getattr(model, "peft_config", {})
+    if set(loras) - {_LORA_NAME}:
+        raise ValueError(f"LoRA adapters {sorted(loras)} must be one, named {_LORA_NAME!r}, as pesc.add_lora makes it")
     base = model.config.name_or_path
+    if not base:
+        raise ValueError("the model was not loaded from anywhere: save its base and set model.config.name_or_path")
     settings = {
-        "base_model": base,
+        "base_model": str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base,
         "base_sha256": weights_hash(resolve(base)),
         "pesc": model.config.method.to_dict() if crafted_ffns(model) else None,
-        "lora": _lora_settings(lora) if lora is not None else None,
+        "lora": _lora_settings(loras[_LORA_NAME]) if loras else None,
     }
-    with new_folder(folder) as partial:
-        save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
-        (partial / ADAPTER_JSON).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    return folder
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    (folder / ADAPTER_JSON).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What adapter.json says: base_model, base_sha256, pesc, lora.
+
+    Raises:
+        FileNotFoundError, ValueError: when it is not there, or not whole.
+    """
+    settings = read_json(folder / ADAPTER_JSON)
+    missing = [key for key in ("base_model", "base_sha256", "pesc", "lora") if key not in settings]
+    if missing or not isinstance(settings["base_model"], str):
+        raise ValueError(f"{folder / ADAPTER_JSON} lacks {', '.join(missing) or 'the name of its base'}: it is damaged")
+    return settings
+
+
+def load(
+    path: str | Path, *, base: str | Path | None = None, dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """Load any model of this package with one call.
 
     Args:
         path: a run's folder, an adapter folder (its base is loaded and crafted first), a crafted or dense model's
             folder, a hub id, or the embedded default's name.
+        base: where an adapter's base is now, if not where it was; its weights must be the same.
         dtype: of the base and the experts; "auto" for the base checkpoint's own.
         kwargs: passed to transformers' `from_pretrained` for the base.
 
@@ -109,14 +155,8 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
     folder = find_adapter(path)
     if folder is None:
         return load_model(path, dtype=dtype, **kwargs)
-    settings = read_json(folder / ADAPTER_JSON)
-    base = settings["base_model"]
-    found = weights_hash(resolve(base))
-    if found != settings["base_sha256"]:
-        raise ValueError(
-            f"{folder} was trained on {base} with weights of sha256 {settings['base_sha256'][:12]}…, but {base} now "
-            f"has {found[:12]}…: it needs the weights it was trained on"
-        )
+    settings = read_settings(folder)
+    base = _checked_base(folder, settings, base)
     model = load_model(base, dtype=dtype, **kwargs)
     if settings["pesc"] and not crafted_ffns(model):
         craft(model, PescConfig.from_dict(settings["pesc"]))
@@ -124,6 +164,24 @@ def load(path: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) 
         add_lora(model, LoraConfig(**settings["lora"]))
     load_adapter_weights(model, folder)
     return model.eval()
+
+
+def _checked_base(folder: Path, settings: dict[str, Any], base: str | Path | None) -> str | Path:
+    base = base or settings["base_model"]
+    wanted = settings["base_sha256"]
+    try:
+        found = weights_hash(resolve(base))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} needs its base {base} (sha256 {wanted[:12]}…), which is not there: {error}; if it moved, say "
+            "where: pesc.load(…, base=…)"
+        ) from error
+    if found != wanted:
+        raise ValueError(
+            f"{folder} was trained on {settings['base_model']} with weights of sha256 {wanted[:12]}…, but {base} now "
+            f"has {found[:12]}…: it needs the weights it was trained on"
+        )
+    return base
 
 
 def find_adapter(path: str | Path) -> Path | None:
@@ -137,7 +195,7 @@ def find_adapter(path: str | Path) -> Path | None:
 def base_of(path: str | Path) -> str:
     """The name of the model that holds a path's tokenizer and dense weights: an adapter's base, or the path itself."""
     folder = find_adapter(path)
-    return str(path) if folder is None else read_json(folder / ADAPTER_JSON)["base_model"]
+    return str(path) if folder is None else read_settings(folder)["base_model"]
 
 
 def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightRenaming
 from pesc.config import PescConfig
 from pesc.crafting.dense import load_config, resolve
 from pesc.crafting.model_config import crafted_config
-from pesc.crafting.surgery import new_expert_tensors, refuse_moe
+from pesc.crafting.surgery import crafted_ffns, new_expert_tensors, refuse_moe
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,7 +31,7 @@ EXPERTS_SHARD = "model-experts.safetensors"
 DENSE_SHARD = "model-dense.safetensors"
 
 
-def craft_checkpoint(model: str | Path, out: Path, config: PescConfig) -> Path:
+def craft_checkpoint(model: str | Path, out: str | Path, config: PescConfig) -> Path:
     """Write the crafted model of a dense checkpoint.
 
     Peak memory is that of the new weights; time is that of writing them.
@@ -42,21 +42,23 @@ def craft_checkpoint(model: str | Path, out: Path, config: PescConfig) -> Path:
         config: the method's settings.
 
     Returns:
-        `out`. Dense files are hard links to the originals, copies where the file system cannot link.
+        `out`. Dense weights are hard links to the originals, copies where the file system cannot link.
 
     Raises:
         FileExistsError: when `out` is there already.
         FileNotFoundError, ValueError: for a model that is not there, not dense, or not whole.
     """
-    source = resolve(model)
+    out, source = Path(out).expanduser(), resolve(model)
     dense_config = load_config(model)
     refuse_moe(dense_config)
+    if getattr(dense_config, "quantization_config", None):
+        raise ValueError(f"{source} is quantized: craft the unquantized model, or the loaded one with pesc.craft")
     weight_map = read_weight_map(source)
     new_config = crafted_config(dense_config, config)
-    dtype = _dtype_of(source, weight_map)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(new_config, dtype=dtype)
-    experts = new_expert_tensors(skeleton)
+        skeleton = AutoModelForCausalLM.from_config(new_config)
+    dtype = _ffn_dtype(skeleton, source, weight_map)
+    experts = {name: tensor.to(dtype) for name, tensor in new_expert_tensors(skeleton).items()}
     _check_dense_weights(skeleton, weight_map, set(experts), source)
     with new_folder(out) as folder:
         renamed = {SINGLE: DENSE_SHARD}
@@ -69,6 +71,7 @@ def craft_checkpoint(model: str | Path, out: Path, config: PescConfig) -> Path:
         size = sum((folder / file).stat().st_size for file in set(new_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(new_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        skeleton.config.dtype = dense_config.dtype or dtype
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.save_pretrained(folder)
     return out
@@ -149,22 +152,38 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def _check_dense_weights(skeleton: Any, weight_map: dict[str, str], new: set[str], source: Path) -> None:
     tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
-    expected = {name for name, _ in skeleton.named_parameters()} - new
-    lines = [
-        f"  missing: {name}" for name in sorted(expected - set(names_in_model(skeleton, weight_map).values()) - tied)
+    expected = {name: list(p.shape) for name, p in skeleton.state_dict().items() if name not in new}
+    in_model = names_in_model(skeleton, weight_map)
+    found = {in_model[name]: shape for name, shape in _shapes(source, weight_map).items()}
+    lines = [f"  missing: {name}" for name in sorted(expected.keys() - found.keys() - tied)]
+    lines += [f"  unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"  wrong shape: {name} is {found[name]} in the file, {shape} by the config"
+        for name, shape in sorted(expected.items())
+        if found.get(name, shape) != shape
     ]
-    lines += [f"  taken by an expert's name: {name}" for name in sorted(new & set(weight_map))]
     if lines:
         raise ValueError(f"{source} does not hold the dense model that its config describes:\n" + "\n".join(lines))
 
 
-def _dtype_of(source: Path, weight_map: dict[str, str]) -> torch.dtype:
-    name, file = next(iter(weight_map.items()))
-    with safe_open(source / file, "pt") as tensors:
-        dtype = tensors.get_tensor(name).dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"{source} holds quantized weights ({name} is {dtype}): craft the unquantized model")
-    return dtype
+def _ffn_dtype(skeleton: Any, source: Path, weight_map: dict[str, str]) -> torch.dtype:
+    # Experts lie beside an FFN and take its dtype; embeddings and norms may have others.
+    ffn, _ = crafted_ffns(skeleton)[0]
+    for name, in_model in names_in_model(skeleton, weight_map).items():
+        if in_model.startswith(f"{ffn}."):
+            tensor_names(source / weight_map[name])
+            with safe_open(source / weight_map[name], "pt") as tensors:
+                return tensors.get_tensor(name).dtype
+    return torch.float32
+
+
+def _shapes(source: Path, weight_map: dict[str, str]) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(set(weight_map.values())):
+        tensor_names(source / file)
+        with safe_open(source / file, "pt") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name, f in weight_map.items() if f == file}
+    return shapes
 
 
 def _belongs(name: str, weight_map: dict[str, str]) -> bool:
@@ -174,7 +193,9 @@ def _belongs(name: str, weight_map: dict[str, str]) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+    # Only weights: of the small files a link would let a later save into the new folder change the original.
+    if source.suffix == ".safetensors":
+        with suppress(OSError):
+            os.link(source.resolve(), target)
+            return
+    shutil.copyfile(source, target)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -81,7 +82,10 @@ def load_config(model: str | Path) -> Any:
     """
     folder = resolve(model)
     read_json(folder / "config.json")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no config that transformers can read: {error}") from error
     config.name_or_path = str(model)
     return config
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from pesc.config import PescConfig
-from pesc.crafting.adapter import ADAPTER_JSON, ADAPTER_WEIGHTS, find_adapter
+from pesc.crafting.adapter import ADAPTER_WEIGHTS, find_adapter, read_settings
 from pesc.crafting.checkpoint import read_weight_map, tensor_names
 from pesc.crafting.craft import craft
-from pesc.crafting.dense import load_config, read_json, resolve
+from pesc.crafting.dense import load_config, resolve
 from pesc.crafting.parameters import count_parameters
 from pesc.crafting.surgery import crafted_ffns
 
@@ -72,7 +72,7 @@ def _describe_model(path: str | Path) -> ModelInfo:
 
 
 def _describe_adapter(path: str | Path, folder: Path) -> ModelInfo:
-    settings = read_json(folder / ADAPTER_JSON)
+    settings = read_settings(folder)
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} holds no {ADAPTER_WEIGHTS}: the folder is not whole")

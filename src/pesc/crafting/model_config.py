@@ -111,7 +111,7 @@ def crafted_config_class(dense: type[PreTrainedConfig]) -> type[PescModelConfig]
 
     config_class = type(PescModelConfig.__name__, (PescModelConfig, dense), {"__module__": __name__})
     model_class = extended(MODEL_FOR_CAUSAL_LM_MAPPING[dense], PescForCausalLM)
-    model_class.config_class = config_class  # type: ignore[attr-defined]
+    model_class.config_class = config_class
     AutoModelForCausalLM.register(config_class, model_class)
     return config_class
 

@@ -44,7 +44,8 @@ def extend_class(module: Any, extension: Any) -> None:
             f"{type(module).__name__} has a forward of its own, put there by another library: craft the model before "
             "that library wraps it"
         )
-    module.__class__ = extended(type(module), extension)
+    dense: Any = type(module)
+    module.__class__ = extended(dense, extension)
 
 
 def _new(dense: Any, extension: Any) -> Any:

@@ -13,8 +13,8 @@ def balance_loss(
     """Balance loss of one layer without its weight: E * sum_i f_i * p_i (eq. 10).
 
     f_i is the share of the tokens sent to expert i and p_i the mean probability of expert i under a softmax over all
-    experts. The gradient flows through p. With every expert equally busy the value is K, its minimum for a router
-    whose choices follow its probabilities; with all tokens on the same K experts it approaches E.
+    experts. The gradient flows through p. With every expert equally busy the value is K; with
+    all tokens on the same K experts it approaches E. Its gradient leads from the second to the first.
 
     Args:
         router_logits: [T, E].

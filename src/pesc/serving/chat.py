@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import readline  # noqa: F401  (gives input() line editing and recall of earlier lines)
 import sys
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
     Raises:
         FileNotFoundError, ValueError: as `pesc.load` does, and for a tokenizer without chat template.
     """
+    if settings.get("temperature", 0.0) < 0 or settings.get("max_new_tokens", 1) < 1:
+        raise ValueError("temperature must be at least 0 and max_new_tokens at least 1")
     with quiet_libraries():
         tokenizer = load_tokenizer(base_of(model))
         render([{"role": "user", "content": ""}], tokenizer)
@@ -109,6 +112,8 @@ def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
 def converse(chat: Chat) -> None:
     """Read messages from the terminal, or from a pipe, until its end."""
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if interactive:
         chat.console.print(HELP, style="dim")
     while True:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -40,10 +41,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
     rows, faults = [], []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
             row, fault = _parse(line)
             rows.append(row)
             if fault:
@@ -94,7 +97,7 @@ def encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokeniz
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = render(messages[:index], tokenizer, add_generation_prompt=True) if index else ""
+            start = render(messages[:index], tokenizer, add_generation_prompt=True)
             end = render(messages[: index + 1], tokenizer)
             if not (text.startswith(start) and text.startswith(end.rstrip())):
                 raise ValueError(
@@ -114,14 +117,18 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *
     """A conversation as text, by the tokenizer's chat template.
 
     Raises:
-        ValueError: when there is no template.
+        ValueError: when there is no template, or none for these roles.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: put a chat_template.jinja into the "
             "model's folder"
         )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template cannot render the roles {roles}: {error}") from error
 
 
 def _parse(line: str) -> tuple[dict[str, Any], str | None]:
@@ -137,6 +144,8 @@ def _parse(line: str) -> tuple[dict[str, Any], str | None]:
             return {}, f"a message's role must be one of {', '.join(_ROLES)}"
         if not isinstance(message.get("content"), str):
             return {}, "a message's content must be text"
+    if messages[0]["role"] == "assistant":
+        return row, "starts with the assistant, who has nothing to answer"
     if not any(message["role"] == "assistant" for message in messages):
         return {}, "no message of the assistant, so nothing to learn"
     return row, None

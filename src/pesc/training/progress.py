@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class MetricsWriter(TrainerCallback):
         self.path = path
         self.console = console
         self.label = label
-        self.last: dict[str, Any] = {"tokens": 0, "elapsed": 0.0}
+        self.last: dict[str, Any] = (self._lines() or [{"tokens": 0, "elapsed": 0.0}])[-1]
         self.progress: Progress | None = None
 
     def on_train_begin(
@@ -35,8 +36,7 @@ class MetricsWriter(TrainerCallback):
         """Start the bar; drop lines of steps after the checkpoint that the run resumes from."""
         kept = [line for line in self._lines() if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        if kept:
-            self.last = kept[-1]
+        self.last = kept[-1] if kept else {"tokens": 0, "elapsed": 0.0}
         self.before, self.tokens_before = self.last["elapsed"], self.last["tokens"]
         self.start = self.step_start = time.perf_counter()
         self.progress = Progress(
@@ -100,6 +100,8 @@ class MetricsWriter(TrainerCallback):
         return line | {key: float(logs[key]) for key in ("aux_loss", "balance") if key in logs}
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.is_file() else []:
+            with suppress(json.JSONDecodeError):  # an interruption may have cut the last line
+                lines.append(json.loads(text))
+        return lines

@@ -25,8 +25,8 @@ class LoraSettings:
     """Scaling numerator: LoRA adds alpha / r times its product."""
     dropout: float = 0.0
     """Dropout on LoRA's input."""
-    target_modules: str | list[str] = "all-linear"
-    """Names of the linear layers that get LoRA; "all-linear" for all but the output layer."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers that get LoRA; all-linear for all but the output layer."""
 
 
 @dataclass(kw_only=True)
@@ -73,6 +73,7 @@ class Recipe:
     """Of initial values, order of the data, and dropout."""
 
     def __post_init__(self) -> None:
+        self.output, self.train_data = self.output.expanduser(), self.train_data.expanduser()
         rules = {
             "epochs": (self.epochs > 0, "above 0"),
             "steps": (self.steps is None or self.steps >= 1, "at least 1"),
@@ -83,10 +84,14 @@ class Recipe:
             "warmup_ratio": (0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
             "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
             "save_steps": (self.save_steps >= 1, "at least 1"),
+            "seed": (self.seed >= 0, "at least 0"),
         }
         problems = [f"{name} ({getattr(self, name)}) must be {rule}" for name, (ok, rule) in rules.items() if not ok]
-        if self.lora is not None and self.lora.r < 1:
-            problems.append(f"lora.r ({self.lora.r}) must be at least 1")
+        if self.lora is not None:
+            lora = self.lora
+            problems += [f"lora.r ({lora.r}) must be at least 1"] * (lora.r < 1)
+            problems += [f"lora.alpha ({lora.alpha}) must be above 0"] * (not lora.alpha > 0)
+            problems += [f"lora.dropout ({lora.dropout}) must be at least 0 and below 1"] * (not 0 <= lora.dropout < 1)
         if self.lora is None and self.method is None:
             problems.append("method and lora are both null: nothing would train")
         if problems:

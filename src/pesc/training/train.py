@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
-from pesc.crafting.adapter import add_lora, save_adapter, train_experts
+from pesc.crafting.adapter import add_lora, load_adapter_weights, save_adapter, train_experts
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_model, load_tokenizer
 from pesc.crafting.surgery import crafted_ffns
@@ -54,12 +55,14 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         return adapter
     tokenizer = load_tokenizer(recipe.model)
     rows = _encoded_rows(recipe, tokenizer, console)
+    with quiet_libraries():
+        model = build_model(recipe)
     recipe.output.mkdir(parents=True, exist_ok=True)
     recipe.save(recipe.output / RECIPE)
     writer = MetricsWriter(recipe.output / METRICS, console, label)
     with quiet_libraries():
         trainer = PescTrainer(
-            build_model(recipe),
+            model,
             args=_arguments(recipe),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -68,7 +71,10 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         trainer.remove_callback(PrinterCallback)
         try:
             with measure_peak_memory() as peak:
-                trainer.train(resume_from_checkpoint=last_checkpoint(recipe.output))
+                _train_or_resume(trainer, recipe.output)
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from the last checkpoint")
+            raise
         finally:
             writer.stop()
     summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
@@ -80,31 +86,48 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     """The model of a recipe as it starts to train: crafted, with LoRA, all else frozen."""
     set_seed(recipe.seed)
     model = load_model(recipe.model, dtype=recipe.dtype)
-    if recipe.method is not None and not crafted_ffns(model):
+    if crafted_ffns(model):
+        if recipe.method not in (None, model.config.method):
+            raise ValueError(
+                f"{recipe.model} is crafted already, with other settings than the recipe's method: write method: null"
+            )
+    elif recipe.method is not None:
         craft(model, recipe.method)
     if recipe.lora is None:
         train_experts(model)
     else:
+        targets = recipe.lora.target_modules
         add_lora(
             model,
             LoraConfig(
                 r=recipe.lora.r,
                 lora_alpha=recipe.lora.alpha,
                 lora_dropout=recipe.lora.dropout,
-                target_modules=recipe.lora.target_modules,
+                target_modules="all-linear" if targets == ["all-linear"] else targets,
             ),
         )
     return model
 
 
+def _train_or_resume(trainer: PescTrainer, output: Path) -> None:
+    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
+        if not _is_complete(folder):
+            shutil.rmtree(folder)
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None and trainer.is_finished_at(checkpoint):
+        load_adapter_weights(trainer.model, Path(checkpoint) / "adapter")
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # The trainer writes this file last.
+    return (checkpoint / "trainer_state.json").is_file()
+
+
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint of a run; None when there is none."""
-    found = [
-        folder
-        for folder in (output / CHECKPOINTS).glob("checkpoint-*")
-        # The trainer writes this file last.
-        if (folder / "trainer_state.json").is_file()
-    ]
+    found = [folder for folder in (output / CHECKPOINTS).glob("checkpoint-*") if _is_complete(folder)]
     return str(max(found, key=lambda folder: int(folder.name.split("-")[-1]))) if found else None
 
 
@@ -125,7 +148,12 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
     path = recipe.output / RECIPE
     wanted = recipe.to_dict()
     if path.is_file():
-        there = yaml.safe_load(path.read_text()) or {}
+        try:
+            there = yaml.safe_load(path.read_text())
+        except yaml.YAMLError:
+            there = None
+        if not isinstance(there, dict):
+            raise ValueError(f"{path} is damaged: remove {recipe.output}, or choose another output")
         changed = [
             f"{key}: {there.get(key)} there, {wanted.get(key)} asked for"
             for key in sorted(there.keys() | wanted.keys())

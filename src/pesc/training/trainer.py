@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from trl import SFTTrainer
 
 from pesc.crafting.adapter import load_adapter_weights, save_adapter
@@ -31,6 +31,11 @@ class PescTrainer(SFTTrainer):
         self.tokens_seen = 0
         if crafted_ffns(model):
             model.config.output_router_logits = False
+
+    def is_finished_at(self, checkpoint: str) -> bool:
+        """Whether a checkpoint is that of the last step."""
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        return state.global_step >= state.max_steps
 
     def compute_loss(
         self,
