@@ -56,7 +56,7 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "layout")]) == 0
     assert main(["export", out, str(tmp_path / "stock"), "--format", "stock"]) == 1
     assert "parallel" in capsys.readouterr().err
-    assert main(["craft", dense, str(tmp_path / "lists"), "--num-experts", "4", "2", "--adapter-dim", "8"]) == 0
+    assert main(["craft", dense, str(tmp_path / "lists"), "--num-experts", "4", "--num-experts", "2"]) == 0
     assert "[4, 2] in every layer" in capsys.readouterr().out
 
 
