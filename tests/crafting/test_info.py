@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_untouched_and_missing_experts_are_named(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.experts.up_proj"]
     save_file(tensors, file, {"format": "pt"})
     assert describe(tmp_path / "out").missing == ["model.layers.1.mlp.experts.up_proj"]
+
+
+def test_experts_of_another_number_than_promised_are_named(tmp_path: Path) -> None:
+    out = craft_checkpoint(tiny_dense(tmp_path / "dense"), tmp_path / "out", CONFIG)
+    config = json.loads((out / "config.json").read_text())
+    config["pesc"]["num_experts"] = 6
+    (out / "config.json").write_text(json.dumps(config))
+    assert "model.layers.1.mlp.router.weight" in describe(out).wrong_shape
 
 
 def test_an_adapter_names_its_base(tmp_path: Path) -> None:

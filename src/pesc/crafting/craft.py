@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from pesc.config import PescConfig
@@ -72,6 +71,11 @@ def _refuse_what_cannot_be_crafted(model: Any, config: PescConfig) -> None:
 def _without_device_hooks(model: Any) -> Iterator[None]:
     # accelerate moves tensors between devices from a forward that it puts on each module, in front of its class.
     hooks = [(module, module._hf_hook) for module in model.modules() if hasattr(module, "_hf_hook")]
+    if not hooks:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
     for module, _ in hooks:
         remove_hook_from_module(module)
         vars(module).pop("forward", None)

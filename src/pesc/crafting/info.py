@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pesc.crafting.checkpoint import read_weight_map, tensor_names
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_config, resolve
 from pesc.crafting.parameters import count_parameters
-from pesc.crafting.surgery import crafted_ffns
+from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 
 @dataclass
@@ -43,6 +44,8 @@ class ModelInfo:
     crafted_layers: list[int] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """Router and expert tensors that the settings promise and the files lack."""
+    wrong_shape: list[str] = field(default_factory=list)
+    """Router and expert tensors of another shape than the settings promise."""
     untouched: list[str] = field(default_factory=list)
     """Experts still at their initial value: they add nothing."""
 
@@ -89,7 +92,7 @@ def _describe_adapter(path: str | Path, folder: Path) -> ModelInfo:
 
 def _info(path: str | Path, kind: str, model: Any, files: dict[str, Path]) -> ModelInfo:
     config, ffns = model.config, crafted_ffns(model)
-    promised = [f"{n}.{k}" for n, ffn in ffns for k, _ in ffn.named_parameters() if k.startswith(("router", "experts"))]
+    promised = {name: list(parameter.shape) for name, parameter in expert_parameters(model).items()}
     method = config.method if ffns else None
     return ModelInfo(
         path=str(path),
@@ -104,11 +107,12 @@ def _info(path: str | Path, kind: str, model: Any, files: dict[str, Path]) -> Mo
         pesc=method.to_dict() if method else None,
         crafted_layers=sorted(method.for_layers(config.num_hidden_layers)) if method else [],
         missing=[name for name in promised if name not in files],
+        wrong_shape=[name for name, shape in promised.items() if name in files and _shape(files[name], name) != shape],
         untouched=_untouched(promised, files),
     )
 
 
-def _untouched(promised: list[str], files: dict[str, Path]) -> list[str]:
+def _untouched(promised: Iterable[str], files: dict[str, Path]) -> list[str]:
     found = []
     for name in promised:
         if name.endswith("experts.down_proj") and name in files:
@@ -116,6 +120,11 @@ def _untouched(promised: list[str], files: dict[str, Path]) -> list[str]:
                 zero = ~tensors.get_tensor(name).flatten(1).any(dim=1)
             found += [f"{name.removesuffix('.down_proj')}.{expert}" for expert in zero.nonzero().flatten().tolist()]
     return found
+
+
+def _shape(file: Path, name: str) -> list[int]:
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_slice(name).get_shape()
 
 
 def _skeleton(config: Any) -> Any:

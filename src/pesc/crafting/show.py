@@ -37,6 +37,8 @@ def _rows(info: ModelInfo) -> list[tuple[str, str]]:
     ]
     if info.pesc:
         rows.append(("missing", ", ".join(info.missing) or "none"))
+        if info.wrong_shape:
+            rows.append(("wrong shape", ", ".join(info.wrong_shape)))
         rows.append(("untouched", _untouched(info)))
     return rows
 
