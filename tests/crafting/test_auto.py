@@ -195,13 +195,13 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     model(tokens(), labels=tokens()).loss.backward()
     plain = _gradients(model)
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model(tokens(), labels=tokens()).loss.backward()
     checkpointed = _gradients(model)
     assert plain.keys() == checkpointed.keys()
     assert all(torch.allclose(plain[k], checkpointed[k], atol=1e-6) for k in plain)
     with pytest.raises(ValueError, match="use_reentrant=False"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
 def test_gradient_accumulation_averages_the_router_losses() -> None:
