@@ -31,7 +31,7 @@ app = App(
 def demo(*, output: Path = Path("runs/demo")) -> None:
     """Run the main job on the embedded model: craft, tune on chat, code and math, compare, report.
 
-    Some 15 minutes on two cores. An interrupted demo goes on where it stopped.
+    Some 10 minutes on two cores. An interrupted demo goes on where it stopped.
 
     Example: `pesc demo --output runs/demo`
 
