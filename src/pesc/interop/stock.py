@@ -127,6 +127,12 @@ def _qwen3_config(config: Any) -> dict[str, Any]:
         "architectures": ["Qwen3NextForCausalLM"],
         "attention_bias": False,
         "full_attention_interval": 1,
+        # Of linear attention, which no layer has; mlx-lm does not read the config without them.
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
         "head_dim": head_dim_of(config),
         "layer_types": ["full_attention"] * config.num_hidden_layers,
         "model_type": "qwen3_next",
