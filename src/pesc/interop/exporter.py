@@ -18,7 +18,7 @@ from pesc.crafting.dense import load_config, read_json, resolve
 from pesc.crafting.model_config import MODEL_TYPE, crafted_config
 from pesc.interop.card import RECIPE, RESULTS, write_card
 from pesc.interop.expressible import TARGETS, Source, reasons_against
-from pesc.interop.foreign_export import _dense_refusals, _method_refusals, _source_of, export_layout
+from pesc.interop.foreign_export import export_layout, layout_reasons
 from pesc.interop.gguf_export import export_gguf, gguf_reasons
 from pesc.interop.importer import copy_companions
 from pesc.interop.layouts import skeleton_of
@@ -115,11 +115,7 @@ def _reasons(model: _Model, format: str) -> list[str]:
         return reasons_against(model.config, TARGETS[format])
     if format in _GGUF:
         return gguf_reasons(model.config, model.folder)
-    return _layout_reasons(model.config, format) if format in _LAYOUTS else []
-
-
-def _layout_reasons(config: Any, layout: str) -> list[str]:
-    return _method_refusals(config) or ([] if _source_of(config, layout) else _dense_refusals(config, layout))
+    return layout_reasons(model.config, format) if format in _LAYOUTS else []
 
 
 def _dense_reason(model: _Model) -> str:

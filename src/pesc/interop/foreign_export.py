@@ -68,7 +68,7 @@ def export_layout(model_folder: str | Path, out: Path, layout: Literal["camelida
     if config.model_type != "pesc":
         raise ValueError(f"{model_folder} (model_type {config.model_type!r}) is no crafted model: craft it first")
     source = _source_of(config, layout)
-    if refusals := _method_refusals(config) or ([] if source else _dense_refusals(config, layout)):
+    if refusals := layout_reasons(config, layout):
         raise ValueError(f"the {layout} layout cannot hold {model_folder}: " + "; ".join(refusals))
     foreign = _layout_of(config, layout, source)
     weights = Weights(folder)
@@ -89,6 +89,11 @@ def export_layout(model_folder: str | Path, out: Path, layout: Literal["camelida
         (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         copy_companions(folder, partial)
     return out
+
+
+def layout_reasons(config: Any, layout: str) -> list[str]:
+    """Why a crafted model's config cannot be written in a layout; empty when it can."""
+    return _method_refusals(config) or ([] if _source_of(config, layout) else _dense_refusals(config, layout))
 
 
 def _source_of(config: Any, layout: str) -> dict[str, Any] | None:

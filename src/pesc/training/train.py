@@ -61,14 +61,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     recipe.save(recipe.output / RECIPE)
     writer = MetricsWriter(recipe.output / METRICS, console, label)
     with quiet_libraries():
-        trainer = PescTrainer(
-            model,
-            args=_arguments(recipe),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[writer],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = _build_trainer(recipe, model, tokenizer, rows, writer)
         try:
             with measure_peak_memory() as peak:
                 _train_or_resume(trainer, recipe.output)
@@ -80,6 +73,24 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
     (recipe.output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return save_adapter(trainer.model, adapter)
+
+
+def _build_trainer(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, list[int]]],
+    writer: MetricsWriter,
+) -> PescTrainer:
+    trainer = PescTrainer(
+        model,
+        args=_arguments(recipe),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[writer],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
