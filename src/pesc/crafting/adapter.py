@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pesc.config import PescConfig
-from pesc.crafting.checkpoint import new_folder, read_weight_map
+from pesc.crafting.checkpoint import new_folder, read_weight_map, shape_mismatches
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_model, read_json, resolve
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
@@ -205,14 +205,8 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         ValueError: listing every missing, unexpected and misshapen tensor.
     """
     expected, found = adapter_tensors(model), read_tensors(folder / ADAPTER_WEIGHTS)
-    lines = [f"  missing: {name}" for name in sorted(expected.keys() - found.keys())]
-    lines += [f"  unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
-    lines += [
-        f"  wrong shape: {name} is {list(found[name].shape)} in the file, {list(expected[name].shape)} in the model"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
-    ]
-    if lines:
+    shapes, found_shapes = ({name: t.shape for name, t in tensors.items()} for tensors in (expected, found))
+    if lines := shape_mismatches(shapes, found_shapes, "in the model"):
         raise ValueError(f"{folder} does not fit its base and settings:\n" + "\n".join(lines))
     with torch.no_grad():
         for name, parameter in expected.items():

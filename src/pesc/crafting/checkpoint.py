@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -155,14 +155,8 @@ def _check_dense_weights(skeleton: Any, weight_map: dict[str, str], new: set[str
     expected = {name: list(p.shape) for name, p in skeleton.state_dict().items() if name not in new}
     in_model = names_in_model(skeleton, weight_map)
     found = {in_model[name]: shape for name, shape in _shapes(source, weight_map).items()}
-    lines = [f"  missing: {name}" for name in sorted(expected.keys() - found.keys() - tied)]
-    lines += [f"  unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
-    lines += [
-        f"  wrong shape: {name} is {found[name]} in the file, {shape} by the config"
-        for name, shape in sorted(expected.items())
-        if found.get(name, shape) != shape
-    ]
-    if lines:
+    untied = {name: shape for name, shape in expected.items() if name in found or name not in tied}
+    if lines := shape_mismatches(untied, found, "by the config"):
         raise ValueError(f"{source} does not hold the dense model that its config describes:\n" + "\n".join(lines))
 
 
@@ -175,6 +169,26 @@ def _ffn_dtype(skeleton: Any, source: Path, weight_map: dict[str, str]) -> torch
             with safe_open(source / weight_map[name], "pt") as tensors:
                 return tensors.get_tensor(name).dtype
     return torch.float32
+
+
+def shape_mismatches(
+    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], promised: str
+) -> list[str]:
+    """Every missing, unexpected and misshapen tensor, a line each.
+
+    Args:
+        expected: shapes by name.
+        found: those in a file.
+        promised: where the expected shapes come from, as the lines say it: "by the config", "in the model".
+    """
+    lines = [f"  missing: {name}" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"  unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"  wrong shape: {name} is {list(found[name])} in the file, {list(expected[name])} {promised}"
+        for name in sorted(expected.keys() & found.keys())
+        if list(found[name]) != list(expected[name])
+    ]
+    return lines
 
 
 def _shapes(source: Path, weight_map: dict[str, str]) -> dict[str, list[int]]:
