@@ -8,6 +8,7 @@ stops when the client leaves; errors have OpenAI's form. Importing this module n
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hmac
 import inspect
 import json
@@ -102,6 +103,8 @@ class _State(GenerationState):
     def __init__(self) -> None:
         super().__init__()
         self.manager = _Generation()
+        # The interpreter must not end while the generating thread, a daemon, is inside torch: that aborts it.
+        atexit.register(self.manager.finish)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> _Generation:
         return self.manager
@@ -109,6 +112,11 @@ class _State(GenerationState):
 
 class _Generation(GenerateManager):
     """Generates one answer after the other, within the context, and only while someone waits for it."""
+
+    def finish(self) -> None:
+        """Wait until nothing is being generated, ten seconds at most."""
+        with suppress(TimeoutError):
+            self._thread.submit(lambda: None).result(timeout=10)
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any) -> Any:
         _fit(model, inputs, gen_config)
