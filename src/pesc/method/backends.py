@@ -9,6 +9,7 @@ first product, A or, when gated, 2A.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,42 +63,48 @@ def wide_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch
 
 
 def token_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
-    """Matrix-vector products straight from the bank, an expert of a token at a time: for one or two tokens."""
+    """Products of one row straight from the bank, an expert of a token at a time: for one or two tokens."""
     first_EWD, second_EDA = bank.first, bank.down_proj
     rows = []
-    for x_D, chosen, weights_K in zip(hidden_states, index.tolist(), weights, strict=True):
-        first_KW = torch.stack([torch.mv(first_EWD[expert], x_D) for expert in chosen])
-        inner_KA = bank.activate(first_KW) * weights_K.unsqueeze(1)
-        row_D = torch.mv(second_EDA[chosen[0]], inner_KA[0])
-        for expert, inner_A in zip(chosen[1:], inner_KA[1:], strict=True):
-            row_D = torch.addmv(row_D, second_EDA[expert], inner_A)
-        rows.append(row_D)
-    return torch.stack(rows)
+    for token, chosen in enumerate(index.tolist()):
+        x_1D = hidden_states[token : token + 1]
+        first_KW = torch.cat([F.linear(x_1D, first_EWD[expert]) for expert in chosen])
+        inner_KA = bank.activate(first_KW) * weights[token].unsqueeze(1)
+        row_1D = F.linear(inner_KA[:1], second_EDA[chosen[0]])
+        for position, expert in enumerate(chosen[1:], start=1):
+            row_1D = row_1D.addmm(inner_KA[position : position + 1], second_EDA[expert].t())
+        rows.append(row_1D)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def sorted_mm_experts_forward(
     bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> Any:
     """Tokens sorted by expert once, then two products for each expert, with a backward pass of its own."""
+    tokens, chosen = index.shape
     expert_N = index.reshape(-1)
-    order_N = expert_N.argsort(stable=True)
-    counts = torch.bincount(expert_N, minlength=bank.num_experts).tolist()
+    ranks_NE = F.one_hot(expert_N, bank.num_experts).cumsum(0)
+    segments, starts = _segments(ranks_NE[-1].tolist())
+    rank_N = ranks_NE.gather(1, expert_N.unsqueeze(1)).squeeze(1) - 1
+    slot_N = index.new_tensor(starts)[expert_N] + rank_N
+    # Rows that only fill up a segment take token 0, with weight 0.
+    token_S = slot_N.new_zeros(segments[-1][1].stop)
+    token_S.scatter_(0, slot_N, torch.arange(tokens, device=index.device).repeat_interleave(chosen))
     return _SortedExperts.apply(
-        hidden_states,
-        bank.first,
-        bank.down_proj,
-        weights.reshape(-1)[order_N],
-        order_N.div(index.shape[1], rounding_mode="floor"),
-        counts,
-        bank.has_gate,
+        hidden_states, bank.first, bank.down_proj, weights, token_S, slot_N.view_as(index), segments, bank.has_gate
     )
 
 
-class _SortedExperts(torch.autograd.Function):
-    """sum_i R_i W_up_i act(W_down_i x) for tokens in the order of their experts.
+Segments = list[tuple[int, slice]]  # (expert, its rows among the S) of every expert that was chosen
 
-    A router weight multiplies the A inner values, not the D outputs. Of the forward pass only the first product,
-    [N, W], is kept: the gathered tokens and the activation are made again in the backward pass.
+
+class _SortedExperts(torch.autograd.Function):
+    """sum_i R_i W_up_i act(W_down_i x) over S rows, those of an expert together.
+
+    Args of `forward`: row s holds token `token_S[s]`; `slot_TK` says in which row a token's k-th choice is computed.
+
+    Of the forward pass only the first product, [S, W], is kept: gathered tokens and activations are made again in the
+    backward pass. The K rows of a token are gathered, weighted and summed in one operation (`embedding_bag`).
     """
 
     @staticmethod
@@ -106,57 +113,70 @@ class _SortedExperts(torch.autograd.Function):
         x_TD: torch.Tensor,
         first_EWD: torch.Tensor,
         second_EDA: torch.Tensor,
-        weight_N: torch.Tensor,
-        token_N: torch.Tensor,
-        counts: list[int],
+        weight_TK: torch.Tensor,
+        token_S: torch.Tensor,
+        slot_TK: torch.Tensor,
+        segments: Segments,
         gated: bool,
     ) -> torch.Tensor:
-        x_ND = x_TD.index_select(0, token_N)
-        first_NW = x_TD.new_empty(len(token_N), first_EWD.shape[1])
-        for expert, rows in _rows(counts):
-            torch.mm(x_ND[rows], first_EWD[expert].t(), out=first_NW[rows])
-        inner_NA = _activate(first_NW, gated) * weight_N.unsqueeze(1)
-        out_ND = x_ND  # its values are no longer needed
-        for expert, rows in _rows(counts):
-            torch.mm(inner_NA[rows], second_EDA[expert].t(), out=out_ND[rows])
-        ctx.save_for_backward(x_TD, first_EWD, second_EDA, weight_N, token_N, first_NW)
-        ctx.counts, ctx.gated = counts, gated
-        return torch.zeros_like(x_TD).index_add_(0, token_N, out_ND)
+        x_SD = x_TD.index_select(0, token_S)
+        first_SW = x_TD.new_empty(len(token_S), first_EWD.shape[1])
+        for expert, rows in segments:
+            torch.mm(x_SD[rows], first_EWD[expert].t(), out=first_SW[rows])
+        inner_SA = _activate(first_SW, gated)
+        out_SD = x_SD  # its values are no longer needed
+        for expert, rows in segments:
+            torch.mm(inner_SA[rows], second_EDA[expert].t(), out=out_SD[rows])
+        ctx.save_for_backward(x_TD, first_EWD, second_EDA, weight_TK, token_S, slot_TK, first_SW)
+        ctx.segments, ctx.gated = segments, gated
+        return F.embedding_bag(slot_TK, out_SD, mode="sum", per_sample_weights=weight_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, first_EWD, second_EDA, weight_N, token_N, first_NW = ctx.saved_tensors
-        grad_ND = grad_TD.index_select(0, token_N)
-        activated_NA = _activate(first_NW, ctx.gated)
-        inner_NA = activated_NA * weight_N.unsqueeze(1)
-        grad_inner_NA = torch.empty_like(activated_NA)
-        grad_second_EDA = torch.zeros_like(second_EDA) if ctx.needs_input_grad[2] else None
-        for expert, rows in _rows(ctx.counts):
-            torch.mm(grad_ND[rows], second_EDA[expert], out=grad_inner_NA[rows])
-            if grad_second_EDA is not None:
-                torch.mm(grad_ND[rows].t(), inner_NA[rows], out=grad_second_EDA[expert])
-        grad_weight_N = (grad_inner_NA * activated_NA).sum(dim=1)
-        grad_first_NW = _activate_backward(grad_inner_NA * weight_N.unsqueeze(1), first_NW, ctx.gated)
-        grad_first_EWD = torch.zeros_like(first_EWD) if ctx.needs_input_grad[1] else None
-        grad_x_ND = grad_ND  # its values are no longer needed
-        x_ND = x_TD.index_select(0, token_N) if grad_first_EWD is not None else x_TD
-        for expert, rows in _rows(ctx.counts):
-            if grad_first_EWD is not None:
-                torch.mm(grad_first_NW[rows].t(), x_ND[rows], out=grad_first_EWD[expert])
-            torch.mm(grad_first_NW[rows], first_EWD[expert], out=grad_x_ND[rows])
-        grad_x_TD = torch.zeros_like(x_TD).index_add_(0, token_N, grad_x_ND)
-        return grad_x_TD, grad_first_EWD, grad_second_EDA, grad_weight_N, None, None, None
+        x_TD, first_EWD, second_EDA, weight_TK, token_S, slot_TK, first_SW = ctx.saved_tensors
+        trained = ctx.needs_input_grad[1]
+        weight_S = weight_TK.new_zeros(len(token_S)).scatter_(0, slot_TK.reshape(-1), weight_TK.reshape(-1))
+        grad_SD = grad_TD.index_select(0, token_S)
+        inner_SA = _activate(first_SW, ctx.gated)
+        grad_inner_SA = torch.empty_like(inner_SA)
+        for expert, rows in ctx.segments:
+            torch.mm(grad_SD[rows], second_EDA[expert], out=grad_inner_SA[rows])
+        grad_weight_TK = (grad_inner_SA * inner_SA).sum(dim=1)[slot_TK]
+        grad_second_EDA = torch.zeros_like(second_EDA) if trained else None
+        if grad_second_EDA is not None:
+            inner_SA.mul_(weight_S.unsqueeze(1))
+            for expert, rows in ctx.segments:
+                torch.mm(grad_SD[rows].t(), inner_SA[rows], out=grad_second_EDA[expert])
+        grad_first_SW = _activate_backward(grad_inner_SA.mul_(weight_S.unsqueeze(1)), first_SW, ctx.gated)
+        grad_first_EWD = torch.zeros_like(first_EWD) if trained else None
+        if grad_first_EWD is not None:
+            x_SD = x_TD.index_select(0, token_S)
+            for expert, rows in ctx.segments:
+                torch.mm(grad_first_SW[rows].t(), x_SD[rows], out=grad_first_EWD[expert])
+        grad_x_SD = grad_SD  # its values are no longer needed
+        for expert, rows in ctx.segments:
+            torch.mm(grad_first_SW[rows], first_EWD[expert], out=grad_x_SD[rows])
+        grad_x_TD = F.embedding_bag(slot_TK, grad_x_SD, mode="sum")
+        return grad_x_TD, grad_first_EWD, grad_second_EDA, grad_weight_TK, None, None, None, None
 
 
-def _rows(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) of every expert that was chosen."""
-    found, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            found.append((expert, slice(start, start + count)))
-        start += count
-    return found
+def _segments(counts: list[int]) -> tuple[Segments, list[int]]:
+    """The rows of each chosen expert, and where those of every expert start."""
+    heights = [_rounded(count) for count in counts]
+    ends = list(accumulate(heights))
+    starts = [end - height for end, height in zip(ends, heights, strict=True)]
+    return [(e, slice(starts[e], ends[e])) for e, height in enumerate(heights) if height], starts
+
+
+def _rounded(count: int) -> int:
+    """A count rounded up to one of eight sizes between a power of two and the next, in steps of 16 at least.
+
+    oneDNN compiles a kernel for each new shape of a bfloat16 product, which takes many times as long as the product.
+    Routing makes new shapes in every layer and step; this leaves few.
+    """
+    step = max(16, 1 << max(count.bit_length() - 4, 0))
+    return -(-count // step) * step
 
 
 def _activate(first_NW: torch.Tensor, gated: bool) -> torch.Tensor:
