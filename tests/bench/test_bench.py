@@ -13,9 +13,12 @@ from rich.console import Console
 from checkpoints import tiny_dense
 from pesc import PescConfig
 from pesc.bench.config import BenchConfig
+from pesc.bench.memory import peak_memory
 from pesc.bench.run import run_bench
-from pesc.bench.subjects import BACKENDS, build_subject, multiplications, use_backend
+from pesc.bench.steps import make_steps
+from pesc.bench.subjects import BACKENDS, Cost, build_subject, costs, use_backend, weights_read
 from pesc.bench.timing import Timing, interleave
+from pesc.crafting.surgery import expert_parameters
 
 METHOD = PescConfig(num_experts=4, num_experts_per_tok=2, adapter_dim=8)
 IDS = torch.arange(3, 25).view(2, 11)
@@ -31,13 +34,35 @@ def test_every_form_of_the_crafted_model_computes_the_same(tmp_path: Path, backe
     assert torch.allclose(subject.crafted(IDS).logits, oracle, atol=1e-5)
 
 
-def test_multiplications_against_a_count_by_hand(tmp_path: Path) -> None:
+def test_costs_against_a_count_by_hand(tmp_path: Path) -> None:
     subject = build_subject(str(tiny_dense(tmp_path / "dense")), METHOD, torch.float32, lora=False, upcycle=True)
-    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
-    dense = 2 * layer + 32 * 264
-    experts = 2 * (2 * 2 * 32 * 8 + 4 * 32)
-    assert multiplications(subject)["forward"] == pytest.approx((dense + experts) / dense)
+    ffn, attention, router, expert = 3 * 32 * 48, 32 * 32 * 2 + 32 * 16 * 2, 4 * 32, 2 * 32 * 8
+    dense = 2 * (ffn + attention) + 32 * 264
+    found = costs(subject, "prefill")
+    assert found["dense"] == Cost(dense, 0)
+    assert found[""] == Cost(dense, 2 * (2 * expert + router))
+    assert found["sparse upcycling"] == Cost(dense - 2 * ffn, 2 * (2 * ffn + router))
+    assert costs(subject, "layers")[""] == Cost(2 * ffn, 2 * (2 * expert + router))
     assert subject.upcycled.config.num_local_experts == 4
+    assert weights_read(subject, 1) == pytest.approx(1 + 2 * (2 * expert + router) / dense)
+    assert weights_read(subject, 1000) == pytest.approx(1 + 2 * (4 * expert + router) / dense)
+
+
+def test_a_backward_pass_costs_a_product_for_the_input_and_one_for_each_trained_weight() -> None:
+    cost = Cost(frozen=10, trained=1)
+    assert [cost.of(w) for w in ("prefill", "decode", "train", "train_checkpointed")] == [11, 11, 23, 34]
+
+
+def test_peak_memory_is_what_lies_there_and_what_a_step_adds() -> None:
+    weight = torch.ones(1000)
+
+    def step() -> None:
+        doubled = weight * 2
+        del doubled
+        tripled = weight.repeat(3)
+        del tripled
+
+    assert peak_memory(step, [weight, weight.view(10, 100)]) == pytest.approx(4 * 4000, rel=0.1)
 
 
 def test_timings_take_turns_and_give_ratios() -> None:
@@ -52,17 +77,33 @@ def test_a_run_writes_every_row_of_every_work(tmp_path: Path) -> None:
     config = BenchConfig(
         model=str(tiny_dense(tmp_path / "dense")),
         method=METHOD,
-        work=["train", "train_checkpointed", "prefill", "decode"],
+        work=["train", "train_checkpointed", "layers", "prefill", "decode"],
         tokens=8,
+        decode_batch=[1, 3],
         decode_tokens=2,
         rounds=2,
         upcycle=True,
     )
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=160)
     run_bench(config, console, tmp_path / "out" / "bench.json")
     results = json.loads((tmp_path / "out" / "bench.json").read_text())
-    for rows in results["work"].values():
-        assert set(rows) == {"dense", *BACKENDS, "sparse upcycling"}
-        assert rows["dense"]["ratio"] == 1.0
+    assert list(results["work"]) == [*config.work[:4], "decode, batch 1", "decode, batch 3"]
+    for name, rows in results["work"].items():
+        assert set(rows) == {"dense", *BACKENDS} | (set() if name == "layers" else {"sparse upcycling"})
+        assert rows["dense"]["ratio"] == rows["dense"]["bound"] == 1.0
         assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows.values())
+        assert all(row["bound"] > 1 and row["own_memory"] > 0 for form, row in rows.items() if form in BACKENDS)
+        assert rows["sorted_mm"]["peak_memory"] > rows["dense"]["peak_memory"] > rows["dense"]["own_memory"] == 0
     assert "masks_and_copies" in console.file.getvalue()
+
+
+def test_trained_experts_hold_weights_gradients_and_two_moments(tmp_path: Path) -> None:
+    subject = build_subject(str(tiny_dense(tmp_path / "dense")), METHOD, torch.float32, lora=True, upcycle=False)
+    step = make_steps(subject, "train", 2, BenchConfig(tokens=4))["auto"]
+    step.run()
+    assert step.own_memory() == 4 * 4 * sum(p.numel() for p in expert_parameters(subject.crafted).values())
+
+
+def test_no_number_below_one() -> None:
+    with pytest.raises(ValueError, match=r"decode_batch\[1\] \(0\) must be at least 1"):
+        BenchConfig(decode_batch=[1, 0])

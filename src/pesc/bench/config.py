@@ -7,7 +7,7 @@ from typing import Literal
 
 from pesc.config import PescConfig
 
-Work = Literal["train", "train_checkpointed", "prefill", "decode"]
+Work = Literal["train", "train_checkpointed", "layers", "prefill", "decode"]
 
 
 @dataclass(kw_only=True)
@@ -21,16 +21,24 @@ class BenchConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of all weights."""
     work: list[Work] = field(default_factory=lambda: ["train", "prefill", "decode"])
-    """What is timed."""
+    """What is timed. train_checkpointed is with gradient checkpointing; layers is the FFNs alone, forth and back."""
     batch: int = 2
     """Rows of training and prefill."""
     tokens: int = 512
     """Tokens of a row in training and prefill."""
-    decode_batch: int = 1
-    """Rows of decoding."""
+    decode_batch: list[int] = field(default_factory=lambda: [1])
+    """Rows of decoding; each number is timed by itself."""
     decode_tokens: int = 24
     """Tokens generated."""
     rounds: int = 5
     """Timed rounds; each runs every form once."""
     upcycle: bool = False
     """Time the Mixtral form with a copy of the FFN for each expert too; needs its memory."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers below 1."""
+        numbers = {"batch": self.batch, "tokens": self.tokens, "decode_tokens": self.decode_tokens}
+        numbers |= {"rounds": self.rounds} | {f"decode_batch[{i}]": rows for i, rows in enumerate(self.decode_batch)}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"{name} ({number}) must be at least 1")

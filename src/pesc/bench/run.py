@@ -2,62 +2,91 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from pesc.bench.config import BenchConfig, Work
-from pesc.bench.subjects import DENSE, Subject, build_subject, multiplications, use_backend
+from pesc.bench.memory import peak_memory
+from pesc.bench.steps import Step, make_steps
+from pesc.bench.subjects import DENSE, Subject, build_subject, costs, weights_read
 from pesc.bench.timing import Timing, interleave
 from pesc.quiet import quiet_libraries
+from pesc.training.allocator import keep_freed_memory
+
+
+@dataclass
+class Row:
+    """One form of the model at one kind of work."""
+
+    tokens_per_second: float
+    ratio: float
+    """Of its time to the dense form's, the median of all rounds."""
+    ratio_low: float
+    """Lower quartile."""
+    ratio_high: float
+    """Upper quartile."""
+    bound: float
+    """The ratio if only multiplications cost time."""
+    bytes_bound: float
+    """The ratio if only reading weights cost time; of use for decoding."""
+    peak_memory: int
+    """Bytes of tensors."""
+    own_memory: int
+    """Bytes of them that are the experts' and routers' weights, gradients and optimizer state."""
 
 
 def run_bench(config: BenchConfig, console: Console, output: Path | None = None) -> dict[str, Any]:
     """Time everything asked for, show a table for each kind of work, and write JSON.
 
+    On a CPU the process keeps freed memory from here on (`keep_freed_memory`), as it does in training.
+
     Args:
         config: what to time.
-        console: for the tables.
-        output: JSON file to write.
+        console: for the tables and the progress.
+        output: JSON file, written anew after each kind of work.
 
     Returns:
         What the JSON holds.
+
+    Raises:
+        ValueError, OSError: for a model that cannot be loaded.
     """
+    kept = keep_freed_memory()
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine(),
-        "model": config.model,
-        "method": config.method.to_dict(),
-        "dtype": config.dtype,
-        "rounds": config.rounds,
+        "keeps_freed_memory": kept,
+        "config": asdict(config),
         "work": {},
     }
-    for work in config.work:
+    for name, work, rows in _plan(config):
         with quiet_libraries():
             subject = build_subject(
                 config.model,
                 config.method,
                 getattr(torch, config.dtype),
                 lora=work.startswith("train"),
-                upcycle=config.upcycle,
+                upcycle=config.upcycle and work != "layers",
             )
-            timings = interleave(_functions(subject, work, config), config.rounds)
-        bound = multiplications(subject)["train" if work.startswith("train") else "forward"]
-        rows = _rows(timings, bound, _tokens(work, config))
-        results["work"][work] = rows
-        _show(work, rows, config, console)
+            table = _measure(subject, work, rows, config, console, name)
+        results["work"][name] = {form: asdict(row) for form, row in table.items()}
+        _show(name, table, config, console)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(results, indent=1) + "\n")
         del subject
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        gc.collect()
     return results
 
 
@@ -69,92 +98,70 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}, {capability}, torch {torch.__version__}"
 
 
-def _functions(subject: Subject, work: Work, config: BenchConfig) -> dict[str, Callable[[], object]]:
-    device = subject.dense.device
-    torch.manual_seed(0)
-    ids = torch.randint(3, subject.dense.config.vocab_size, (config.batch, config.tokens), device=device)
-    prompt = ids.repeat(config.decode_batch, 1)[: config.decode_batch, :16]
-    made: dict[str, Callable[[], object]] = {}
-    for name, (model, backend) in subject.forms().items():
-        if work.startswith("train"):
-            made[name] = _train_step(model, backend, ids, work == "train_checkpointed")
-        elif work == "prefill":
-            made[name] = _prefill(model, backend, ids)
+def _plan(config: BenchConfig) -> list[tuple[str, Work, int]]:
+    """(name, kind, rows of a batch) of every table."""
+    plan: list[tuple[str, Work, int]] = []
+    for work in config.work:
+        if work == "decode":
+            plan += [(f"decode, batch {rows}", work, rows) for rows in config.decode_batch]
         else:
-            made[name] = _decode(model, backend, prompt, config.decode_tokens)
-    return made
+            plan.append((work, work, config.batch))
+    return plan
 
 
-def _train_step(model: Any, backend: str | None, ids: torch.Tensor, checkpointed: bool) -> Callable[[], object]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    model.train()
-    if checkpointed:
-        model.gradient_checkpointing_enable()
-
-    def step() -> None:
-        use_backend(model, backend)
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _prefill(model: Any, backend: str | None, ids: torch.Tensor) -> Callable[[], object]:
-    @torch.inference_mode()
-    def prefill() -> object:
-        use_backend(model, backend)
-        return model(ids, logits_to_keep=1)
-
-    return prefill
+def _measure(
+    subject: Subject, work: Work, rows: int, config: BenchConfig, console: Console, name: str
+) -> dict[str, Row]:
+    steps = make_steps(subject, work, rows, config)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(f"{name}, {config.dtype}", total=config.rounds + 1)
+        functions = {form: step.run for form, step in steps.items()}
+        timings = interleave(functions, config.rounds, lambda done: progress.update(task, completed=done + 1))
+    tokens = rows * (config.decode_tokens if work == "decode" else config.tokens)
+    return {
+        form: _row(subject, work, rows, form, step, timings[form], timings[DENSE], tokens)
+        for form, step in steps.items()
+    }
 
 
-def _decode(model: Any, backend: str | None, prompt: torch.Tensor, tokens: int) -> Callable[[], object]:
-    model.generation_config.eos_token_id = None
-
-    def decode() -> object:
-        use_backend(model, backend)
-        mask = torch.ones_like(prompt)
-        return model.generate(
-            prompt, attention_mask=mask, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0
-        )
-
-    return decode
-
-
-def _rows(timings: dict[str, Timing], bound: float, tokens: int) -> dict[str, dict[str, float]]:
-    rows = {}
-    for name, timing in timings.items():
-        ratio, low, high = timing.ratio(timings[DENSE])
-        rows[name] = {
-            "tokens_per_second": tokens / timing.median,
-            "ratio": ratio,
-            "ratio_low": low,
-            "ratio_high": high,
-            "bound": 1.0 if name == DENSE else bound,
-        }
-    return rows
-
-
-def _tokens(work: Work, config: BenchConfig) -> int:
-    return config.decode_batch * config.decode_tokens if work == "decode" else config.batch * config.tokens
-
-
-def _show(work: Work, rows: dict[str, dict[str, float]], config: BenchConfig, console: Console) -> None:
-    method = config.method
-    title = (
-        f"{work}, {config.dtype}, E {method.num_experts}, K {method.num_experts_per_tok}, A {method.adapter_dim}: time "
-        f"relative to dense{' + LoRA' if work.startswith('train') else ''}"
+def _row(
+    subject: Subject, work: Work, rows: int, form: str, step: Step, timing: Timing, dense: Timing, tokens: int
+) -> Row:
+    cost = costs(subject, work)
+    ratio, low, high = timing.ratio(dense)
+    return Row(
+        tokens_per_second=tokens / timing.median,
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        bound=cost.get(form, cost[""]).of(work) / cost[DENSE].of(work),
+        bytes_bound=weights_read(subject, rows) if form not in cost else cost[form].of(work) / cost[DENSE].of(work),
+        peak_memory=peak_memory(step.run, step.resident()),
+        own_memory=step.own_memory(),
     )
-    table = Table(title=title)
-    for column in ("form", "ratio", "quartiles", "arithmetic bound", "tokens/s"):
-        table.add_column(column, justify="left" if column == "form" else "right")
-    for name, row in rows.items():
+
+
+def _show(name: str, rows: dict[str, Row], config: BenchConfig, console: Console) -> None:
+    method, dense = config.method, rows[DENSE]
+    table = Table(
+        title=f"{name}, {config.dtype}, E {method.num_experts}, K {method.num_experts_per_tok}, A {method.adapter_dim}",
+        caption=f"Time relative to {'dense + LoRA' if name.startswith('train') else 'dense'}, quartiles, and by "
+        "arithmetic alone; the last column is memory less the experts' own, relative to dense.",
+    )
+    decoding = name.startswith("decode")
+    table.add_column("form", no_wrap=True)
+    columns = ["time", "quartiles", "arithmetic", *(["weights read"] if decoding else []), "tokens/s", "GB", "less own"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for form, row in rows.items():
         table.add_row(
-            name,
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
-            f"{row['bound']:.3f}",
-            f"{row['tokens_per_second']:.0f}",
+            form,
+            f"{row.ratio:.3f}",
+            f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
+            f"{row.bound:.3f}",
+            *([f"{row.bytes_bound:.3f}"] if decoding else []),
+            f"{row.tokens_per_second:.0f}",
+            f"{row.peak_memory / 1e9:.2f}",
+            f"{(row.peak_memory - row.own_memory) / dense.peak_memory:.3f}",
         )
     console.print(table)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pesc.bench import references
+from pesc.bench.config import Work
 from pesc.config import PescConfig
 from pesc.crafting.adapter import add_lora
 from pesc.crafting.craft import craft
@@ -33,7 +33,6 @@ class Subject:
     crafted: Any
     method: PescConfig
     upcycled: Any = None
-    functions: dict[str, Callable[[], object]] = field(default_factory=dict)
 
     def forms(self) -> dict[str, tuple[Any, str | None]]:
         """(model, backend) of every row by name."""
@@ -80,24 +79,65 @@ def use_backend(model: nn.Module, backend: str | None) -> None:
         model.set_experts_implementation(backend)  # type: ignore[operator]
 
 
-def multiplications(subject: Subject) -> dict[str, float]:
-    """Multiply-adds of a token as ratios to the dense model's: the bound that arithmetic sets.
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of a token in a model's linear layers, attention's own products left out."""
+
+    frozen: float
+    trained: float
+
+    def of(self, work: Work) -> float:
+        """For a kind of work; a backward pass costs one product for the input and one for each trained weight."""
+        if work in ("train", "layers"):
+            return 2 * self.frozen + 3 * self.trained
+        if work == "train_checkpointed":
+            return 3 * self.frozen + 4 * self.trained
+        return self.frozen + self.trained
+
+
+def costs(subject: Subject, work: Work) -> dict[str, Cost]:
+    """What a token costs by arithmetic alone; for "layers", in the FFNs alone.
 
     Returns:
-        "forward", for prefill and decode, to dense; "train", for a training step, to dense + LoRA: the dense weights
-        twice (no gradient of their own), LoRA and experts three times.
+        By form: DENSE, UPCYCLED, and "" for every crafted one, where only the chosen experts count.
     """
-    dense = sum(m.weight.numel() for m in subject.dense.modules() if isinstance(m, nn.Linear)) - (
-        lora := sum(p.numel() for n, p in subject.dense.named_parameters() if "lora_" in n)
-    )
-    experts = 0
+    ffns = crafted_ffns(subject.crafted)
+    prefixes = tuple(f"{name}." for name, _ in ffns)
+    linear = {n: m.weight.numel() for n, m in subject.dense.named_modules() if isinstance(m, nn.Linear)}
+    base = {name: count for name, count in linear.items() if "lora_" not in name}
+    in_ffns = sum(count for name, count in base.items() if name.startswith(prefixes))
+    dense = in_ffns if work == "layers" else sum(base.values())
+    router = sum(ffn.router.weight.numel() for _, ffn in ffns)
+    active = router + sum(round(_bank_size(ffn) * _chosen(ffn)) for _, ffn in ffns)
+    found = {DENSE: Cost(dense, _lora_size(subject.dense)), "": Cost(dense, _lora_size(subject.crafted) + active)}
+    if subject.upcycled is not None:
+        config = subject.upcycled.config
+        found[UPCYCLED] = Cost(
+            dense - in_ffns, _lora_size(subject.upcycled) + config.num_experts_per_tok * in_ffns + router
+        )
+    return found
+
+
+def weights_read(subject: Subject, rows: int) -> float:
+    """Linear weights that one decoding step of some rows reads, relative to dense, if rows choose at random."""
+    dense = costs(subject, "decode")[DENSE].frozen
+    bank = 0.0
     for _, ffn in crafted_ffns(subject.crafted):
-        bank = sum(p.numel() for p in ffn.experts.parameters())
-        experts += bank * ffn.router.num_experts_per_tok // ffn.router.num_experts + ffn.router.weight.numel()
-    return {
-        "forward": (dense + experts) / dense,
-        "train": (2 * dense + 3 * (lora + experts)) / (2 * dense + 3 * lora),
-    }
+        bank += _bank_size(ffn) * (1 - (1 - _chosen(ffn)) ** rows) + ffn.router.weight.numel()
+    return (dense + bank) / dense
+
+
+def _chosen(ffn: Any) -> float:
+    """Share of a layer's experts that a token chooses."""
+    return ffn.router.num_experts_per_tok / ffn.router.num_experts
+
+
+def _bank_size(ffn: Any) -> int:
+    return sum(p.numel() for p in ffn.experts.parameters())
+
+
+def _lora_size(model: nn.Module) -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 
 def _one_layer(dtype: torch.dtype) -> LlamaForCausalLM:

@@ -24,23 +24,20 @@ _SMALL_BANK = 1024
 def auto_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
     """The backend that was fastest for the shape where it was measured (docs/results.md).
 
-    On a CPU in bfloat16: `wide_mm` while E * A is at most 1024. Else `token_mm` for one or two tokens; `wide_mm` for
-    up to 32 while E * A is at most 1024, in bfloat16 whatever E * A; `sorted_mm` for more. On a GPU and under
-    `torch.compile`, where sorting on the host would stall or break the graph: `wide_mm` while E * A is at most 1024,
-    else `grouped_mm`.
+    On a CPU: `token_mm` for one token; `wide_mm` for up to 32 tokens, and without gradients in bfloat16 for any number
+    while E * A is at most 1024; else `sorted_mm`. On a GPU and under `torch.compile`, where sorting on the host would stall or break the
+    graph: `wide_mm` while E * A is at most 1024, else `grouped_mm`.
     """
     experts, _, adapter_dim = bank.down_proj.shape
     tokens, small = hidden_states.shape[0], experts * adapter_dim <= _SMALL_BANK
     if torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
         forward = wide_mm_experts_forward if small else aligned_grouped_mm_experts_forward
-    elif hidden_states.dtype is torch.bfloat16 and small:
-        forward = wide_mm_experts_forward
-    elif tokens <= 2:
+    elif tokens == 1:
         forward = token_mm_experts_forward
-    elif hidden_states.dtype is torch.bfloat16:
-        forward = wide_mm_experts_forward if tokens <= _FEW_TOKENS else sorted_mm_experts_forward
+    elif tokens <= _FEW_TOKENS or (small and hidden_states.dtype is torch.bfloat16 and not hidden_states.requires_grad):
+        forward = wide_mm_experts_forward
     else:
-        forward = wide_mm_experts_forward if small and tokens <= _FEW_TOKENS else sorted_mm_experts_forward
+        forward = sorted_mm_experts_forward
     return forward(bank, hidden_states, index, weights)
 
 
@@ -63,7 +60,7 @@ def wide_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch
 
 
 def token_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
-    """Products of one row straight from the bank, an expert of a token at a time: for one or two tokens."""
+    """Products of one row straight from the bank, an expert of a token at a time: for one token."""
     first_EWD, second_EDA = bank.first, bank.down_proj
     rows = []
     for token, chosen in enumerate(index.tolist()):

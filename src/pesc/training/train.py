@@ -20,6 +20,7 @@ from pesc.crafting.dense import load_model, load_tokenizer
 from pesc.crafting.surgery import crafted_ffns
 from pesc.observe.memory import measure_peak_memory
 from pesc.quiet import quiet_libraries
+from pesc.training.allocator import keep_freed_memory
 from pesc.training.data import encode_rows, read_rows
 from pesc.training.progress import METRICS, MetricsWriter
 from pesc.training.recipe import Recipe
@@ -53,6 +54,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     if adapter.exists():
         console.print(f"{recipe.output} holds this run, complete: nothing to do")
         return adapter
+    keep_freed_memory()
     tokenizer = load_tokenizer(recipe.model)
     rows = _encoded_rows(recipe, tokenizer, console)
     with quiet_libraries():

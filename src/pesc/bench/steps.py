@@ -1,0 +1,130 @@
+"""One timed step of each kind of work, for each form of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pesc.bench.config import BenchConfig, Work
+from pesc.bench.subjects import DENSE, Subject, use_backend
+from pesc.crafting.surgery import crafted_ffns, expert_parameters
+
+
+@dataclass
+class Step:
+    """What is timed, and what it keeps in memory."""
+
+    run: Callable[[], object]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None = None
+
+    def resident(self) -> Iterator[torch.Tensor]:
+        """Tensors alive between steps."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        yield from self._state(list(self.model.parameters()))
+
+    def own_memory(self) -> int:
+        """Bytes of the experts and routers: weights and, in training, gradients and optimizer state."""
+        own = list(expert_parameters(self.model).values())
+        weights = sum(p.numel() * p.element_size() for p in own)
+        if self.optimizer is None:
+            return weights
+        return 2 * weights + sum(t.numel() * t.element_size() for t in self._state(own))
+
+    def _state(self, parameters: list[nn.Parameter]) -> Iterator[torch.Tensor]:
+        for parameter in parameters if self.optimizer is not None else []:
+            yield from (t for t in self.optimizer.state.get(parameter, {}).values() if t.numel() > 1)  # type: ignore[union-attr]
+
+
+def make_steps(subject: Subject, work: Work, rows: int, config: BenchConfig) -> dict[str, Step]:
+    """A step of every form.
+
+    Args:
+        subject: the model in all its forms.
+        work: which kind of step.
+        rows: rows of the batch.
+        config: tokens of a row.
+    """
+    torch.manual_seed(0)
+    vocabulary, device = subject.dense.config.vocab_size, subject.dense.device
+    ids = torch.randint(3, vocabulary, (rows, config.tokens), device=device)
+    optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
+    steps = {}
+    for form, (model, backend) in subject.forms().items():
+        if work.startswith("train"):
+            optimizer = optimizers.setdefault(model, _optimizer(model))
+            steps[form] = Step(_train(model, backend, ids, optimizer, work == "train_checkpointed"), model, optimizer)
+        elif work == "layers":
+            steps[form] = Step(_layers(subject, form, backend, rows * config.tokens), model)
+        elif work == "prefill":
+            steps[form] = Step(_prefill(model, backend, ids), model)
+        else:
+            steps[form] = Step(_decode(model, backend, ids[:, :16], config.decode_tokens), model)
+    return steps
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+
+def _train(
+    model: Any, backend: str | None, ids: torch.Tensor, optimizer: torch.optim.Optimizer, checkpointed: bool
+) -> Callable[[], object]:
+    model.train()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+
+    def step() -> None:
+        use_backend(model, backend)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _layers(subject: Subject, form: str, backend: str | None, tokens: int) -> Callable[[], object]:
+    """Every FFN alone, forward and backward, with gradients for its input, its router and its experts."""
+    model = subject.dense if form == DENSE else subject.crafted
+    trained = {id(parameter) for parameter in expert_parameters(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    ffns = [model.get_submodule(name) for name, _ in crafted_ffns(subject.crafted)]
+    size = subject.dense.config.hidden_size
+    x_TD = torch.randn(tokens, size, device=model.device, dtype=model.dtype, requires_grad=True)
+
+    def step() -> None:
+        use_backend(model, backend)
+        for ffn in ffns:
+            ffn(x_TD).backward(x_TD.detach())
+        model.zero_grad()
+        x_TD.grad = None
+
+    return step
+
+
+def _prefill(model: Any, backend: str | None, ids: torch.Tensor) -> Callable[[], object]:
+    @torch.inference_mode()
+    def prefill() -> None:
+        use_backend(model, backend)
+        model(ids, logits_to_keep=1)
+
+    return prefill
+
+
+def _decode(model: Any, backend: str | None, prompt: torch.Tensor, tokens: int) -> Callable[[], object]:
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(prompt)
+
+    def decode() -> None:
+        use_backend(model, backend)
+        model.generate(
+            prompt, attention_mask=mask, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+
+    return decode
