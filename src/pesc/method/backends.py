@@ -25,8 +25,8 @@ def auto_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Te
     """The backend that was fastest for the shape where it was measured (docs/results.md).
 
     On a CPU: `token_mm` for one token; `wide_mm` for up to 32 tokens, and without gradients in bfloat16 for any number
-    while E * A is at most 1024; else `sorted_mm`. On a GPU and under `torch.compile`, where sorting on the host would stall or break the
-    graph: `wide_mm` while E * A is at most 1024, else `grouped_mm`.
+    while E * A is at most 1024; else `sorted_mm`. On a GPU and under `torch.compile`, where sorting on the host would
+    stall or break the graph: `wide_mm` while E * A is at most 1024, else `grouped_mm`.
     """
     experts, _, adapter_dim = bank.down_proj.shape
     tokens, small = hidden_states.shape[0], experts * adapter_dim <= _SMALL_BANK
