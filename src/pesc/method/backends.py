@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    ExpertsInterface,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
 
 _FEW_TOKENS = 32
 _SMALL_BANK = 1024
@@ -26,11 +31,14 @@ def auto_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Te
 
     On a CPU: `token_mm` for one token; `wide_mm` for up to 32 tokens, and without gradients in bfloat16 for any number
     while E * A is at most 1024; else `sorted_mm`. On a GPU and under `torch.compile`, where sorting on the host would
-    stall or break the graph: `wide_mm` while E * A is at most 1024, else `grouped_mm`.
+    stall or break the graph: `wide_mm` while E * A is at most 1024, else `grouped_mm`; but for one token, compiled,
+    transformers' `batched_mm`, whose copies of the chosen experts the compiler leaves out.
     """
     experts, _, adapter_dim = bank.down_proj.shape
     tokens, small = hidden_states.shape[0], experts * adapter_dim <= _SMALL_BANK
-    if torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
+    if torch.compiler.is_compiling() and tokens == 1:
+        forward = batched_mm_experts_forward
+    elif torch.compiler.is_compiling() or hidden_states.device.type != "cpu":
         forward = wide_mm_experts_forward if small else aligned_grouped_mm_experts_forward
     elif tokens == 1:
         forward = token_mm_experts_forward
