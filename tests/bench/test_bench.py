@@ -16,7 +16,7 @@ from pesc.bench.config import BenchConfig
 from pesc.bench.memory import peak_memory
 from pesc.bench.run import run_bench
 from pesc.bench.steps import make_steps
-from pesc.bench.subjects import BACKENDS, Cost, build_subject, costs, use_backend, weights_read
+from pesc.bench.subjects import BACKENDS, Cost, build_subject, costs, load_base, use_backend, weights_read
 from pesc.bench.timing import Timing, interleave
 from pesc.crafting.surgery import expert_parameters
 
@@ -26,7 +26,9 @@ IDS = torch.arange(3, 25).view(2, 11)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_form_of_the_crafted_model_computes_the_same(tmp_path: Path, backend: str) -> None:
-    subject = build_subject(str(tiny_dense(tmp_path / "dense")), METHOD, torch.float32, lora=False, upcycle=False)
+    subject = build_subject(
+        load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=False, upcycle=False
+    )
     use_backend(subject.crafted, "eager")
     oracle = subject.crafted(IDS).logits
     assert not torch.allclose(oracle, subject.dense(IDS).logits, atol=1e-3)
@@ -35,7 +37,9 @@ def test_every_form_of_the_crafted_model_computes_the_same(tmp_path: Path, backe
 
 
 def test_costs_against_a_count_by_hand(tmp_path: Path) -> None:
-    subject = build_subject(str(tiny_dense(tmp_path / "dense")), METHOD, torch.float32, lora=False, upcycle=True)
+    subject = build_subject(
+        load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=False, upcycle=True
+    )
     ffn, attention, router, expert = 3 * 32 * 48, 32 * 32 * 2 + 32 * 16 * 2, 4 * 32, 2 * 32 * 8
     dense = 2 * (ffn + attention) + 32 * 264
     found = costs(subject, "prefill")
@@ -98,7 +102,9 @@ def test_a_run_writes_every_row_of_every_work(tmp_path: Path) -> None:
 
 
 def test_trained_experts_hold_weights_gradients_and_two_moments(tmp_path: Path) -> None:
-    subject = build_subject(str(tiny_dense(tmp_path / "dense")), METHOD, torch.float32, lora=True, upcycle=False)
+    subject = build_subject(
+        load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=True, upcycle=False
+    )
     step = make_steps(subject, "train", 2, BenchConfig(tokens=4))["auto"]
     step.run()
     assert step.own_memory() == 4 * 4 * sum(p.numel() for p in expert_parameters(subject.crafted).values())

@@ -19,7 +19,7 @@ from rich.table import Table
 from pesc.bench.config import BenchConfig, Work
 from pesc.bench.memory import peak_memory
 from pesc.bench.steps import Step, make_steps
-from pesc.bench.subjects import DENSE, Subject, build_subject, costs, weights_read
+from pesc.bench.subjects import DENSE, Subject, build_subject, costs, load_base, weights_read
 from pesc.bench.timing import Timing, interleave
 from pesc.quiet import quiet_libraries
 from pesc.training.allocator import keep_freed_memory
@@ -73,9 +73,8 @@ def run_bench(config: BenchConfig, console: Console, output: Path | None = None)
     for name, work, rows in _plan(config):
         with quiet_libraries():
             subject = build_subject(
-                config.model,
+                load_base(config.model, getattr(torch, config.dtype)),
                 config.method,
-                getattr(torch, config.dtype),
                 lora=work.startswith("train"),
                 upcycle=config.upcycle and work != "layers",
             )

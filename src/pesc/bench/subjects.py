@@ -28,7 +28,6 @@ _LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 class Subject:
     """One dense model and its crafted form, ready to be timed."""
 
-    name: str
     dense: Any
     crafted: Any
     method: PescConfig
@@ -43,24 +42,33 @@ class Subject:
         return rows
 
 
-def build_subject(model: str, method: PescConfig, dtype: torch.dtype, *, lora: bool, upcycle: bool) -> Subject:
+def load_base(model: str, dtype: torch.dtype) -> Any:
+    """A dense model by name, or "llama-2-7b-layer": one random decoder layer of that shape, as a model."""
+    if model != "llama-2-7b-layer":
+        return load_model(model, dtype=dtype)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def build_subject(dense: Any, method: PescConfig, *, lora: bool, upcycle: bool) -> Subject:
     """A subject of random experts.
 
     Args:
-        model: a dense model's name, or "llama-2-7b-layer" for one random decoder layer of that shape.
+        dense: a dense model, which becomes the subject's.
         method: the experts.
-        dtype: of all weights.
         lora: whether dense and crafted model carry LoRA, for training.
         upcycle: whether to build the Mixtral form with E copies of the FFN.
     """
     references.register()
-    dense = _one_layer(dtype) if model == "llama-2-7b-layer" else load_model(model, dtype=dtype)
     crafted = craft(copy.deepcopy(dense), method)
     with torch.no_grad():
         for name, parameter in expert_parameters(crafted).items():
             if name.endswith("down_proj"):
                 parameter.normal_(std=0.02)
-    upcycled = _upcycled(dense, method, dtype) if upcycle else None
+    upcycled = _upcycled(dense, method) if upcycle else None
     if lora:
         for tuned in (dense, crafted):
             add_lora(tuned, LoraConfig(**_LORA))
@@ -70,7 +78,7 @@ def build_subject(model: str, method: PescConfig, dtype: torch.dtype, *, lora: b
     for built in (dense, crafted, upcycled):
         if built is not None:
             built.to(device)
-    return Subject(model, dense, crafted, method, upcycled)
+    return Subject(dense, crafted, method, upcycled)
 
 
 def use_backend(model: nn.Module, backend: str | None) -> None:
@@ -140,15 +148,7 @@ def _lora_size(model: nn.Module) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 
-def _one_layer(dtype: torch.dtype) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def _upcycled(dense: Any, method: PescConfig, dtype: torch.dtype) -> MixtralForCausalLM:
+def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
     c = dense.config
     config = MixtralConfig(
         vocab_size=c.vocab_size,
@@ -163,7 +163,7 @@ def _upcycled(dense: Any, method: PescConfig, dtype: torch.dtype) -> MixtralForC
         sliding_window=None,
     )
     torch.manual_seed(0)
-    return MixtralForCausalLM(config).to(dtype).eval()
+    return MixtralForCausalLM(config).to(dense.dtype).eval()
 
 
 def _train_upcycled(model: Any) -> None:

@@ -1,0 +1,151 @@
+"""How the cost of experts grows with tokens, experts, chosen experts, adapter dim and layers, against the laws for it.
+
+A random Llama of SmolLM2's width, fp32, is trained for a step with LoRA and with experts besides, in turns. Drawn is
+what the experts add: time relative to dense + LoRA, and peak memory in MB. The laws: time as the multiplications;
+memory as the experts' weights, gradients and moments, and per token and layer the adapters' input and first products.
+Run: python benchmarks/scaling.py [--plot]; with --plot it only draws what was measured. Some 10 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pesc.bench.config import BenchConfig
+from pesc.bench.memory import peak_memory
+from pesc.bench.run import machine
+from pesc.bench.steps import make_steps
+from pesc.bench.subjects import DENSE, build_subject, costs
+from pesc.bench.timing import interleave
+from pesc.config import PescConfig
+from pesc.training.allocator import keep_freed_memory
+
+RESULTS = Path(__file__).parent / "results"
+PLOT = Path(__file__).parents[1] / "docs" / "scaling.svg"
+HIDDEN, FLOAT = 576, 4
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Point:
+    """One shape."""
+
+    tokens: int = 1024
+    experts: int = 8
+    chosen: int = 2
+    adapter_dim: int = 64
+    layers: int = 4
+
+
+SWEEPS = {
+    "tokens": [32, 64, 128, 256, 512, 1024, 2048, 4096],
+    "experts": [2, 4, 8, 16, 32, 64],
+    "chosen": [1, 2, 3, 4, 6, 8],
+    "adapter_dim": [16, 32, 64, 128, 256, 512, 1024],
+    "layers": [1, 2, 4, 8, 16],
+}
+LABELS = {
+    "tokens": "tokens T",
+    "experts": "experts E",
+    "chosen": "chosen experts K",
+    "adapter_dim": "adapter dim A",
+    "layers": "layers",
+}
+
+
+def measure(point: Point) -> dict[str, Any]:
+    """What experts add at one shape, and what the laws say."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=HIDDEN,
+        intermediate_size=1536,
+        num_hidden_layers=point.layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+    torch.manual_seed(0)
+    method = PescConfig(num_experts=point.experts, num_experts_per_tok=point.chosen, adapter_dim=point.adapter_dim)
+    subject = build_subject(LlamaForCausalLM(config), method, lora=True, upcycle=False)
+    rows = max(1, point.tokens // 512)
+    bench = BenchConfig(tokens=point.tokens // rows)
+    steps = {form: step for form, step in make_steps(subject, "train", rows, bench).items() if form in (DENSE, "auto")}
+    timings = interleave({form: step.run for form, step in steps.items()}, ROUNDS)
+    ratio, low, high = timings["auto"].ratio(timings[DENSE])
+    memory = {form: peak_memory(step.run, step.resident()) for form, step in steps.items()}
+    cost = costs(subject, "train")
+    kept = point.layers * point.tokens * (HIDDEN + point.chosen * point.adapter_dim) * FLOAT
+    return {
+        "point": asdict(point),
+        "time": [100 * (r - 1) for r in (ratio, low, high)],
+        "time_law": 100 * (cost[""].of("train") / cost[DENSE].of("train") - 1),
+        "memory": (memory["auto"] - memory[DENSE]) / 1e6,
+        "memory_law": (steps["auto"].own_memory() + kept) / 1e6,
+    }
+
+
+def run(path: Path) -> None:
+    """Measure every sweep that the file does not hold yet."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "sweeps": {}}
+    for name, values in SWEEPS.items():
+        if name in found["sweeps"]:
+            continue
+        points = []
+        for value in values:
+            points.append(measure(replace(Point(), **{name: value})))
+            gc.collect()
+            print(name, value, points[-1], flush=True)
+        found["sweeps"][name] = points
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def draw(path: Path) -> None:
+    """A small plot for each variable: measured points with quartiles, and the law as a line."""
+    sweeps = json.loads(path.read_text())["sweeps"]
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.subplots(2, len(sweeps), sharey="row")
+    for column, (name, points) in enumerate(sweeps.items()):
+        values = [p["point"][name] for p in points]
+        time, memory = axes[0][column], axes[1][column]
+        middle, low, high = zip(*(p["time"] for p in points), strict=True)
+        errors = [[m - q for m, q in zip(middle, low, strict=True)], [q - m for m, q in zip(middle, high, strict=True)]]
+        time.plot(values, [p["time_law"] for p in points], color="tab:gray", label="law")
+        time.errorbar(values, middle, errors, fmt="o", markersize=4, color="tab:blue", label="measured")
+        memory.plot(values, [p["memory_law"] for p in points], color="tab:gray")
+        memory.plot(values, [p["memory"] for p in points], "o", markersize=4, color="tab:blue")
+        for axis in (time, memory):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(values, [str(v) for v in values], fontsize=7)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        memory.set_xlabel(LABELS[name])
+    axes[0][0].set_ylabel("added time, %\nof dense + LoRA")
+    axes[1][0].set_ylabel("added peak memory, MB")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--date", default=date.today().isoformat())
+    arguments = parser.parse_args()
+    path = RESULTS / f"{arguments.date}-scaling.json"
+    if not arguments.plot:
+        keep_freed_memory()
+        run(path)
+    draw(path)
+
+
+if __name__ == "__main__":
+    main()
