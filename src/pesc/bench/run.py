@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -142,16 +143,19 @@ def _row(
 
 def _show(name: str, rows: dict[str, Row], config: BenchConfig, console: Console) -> None:
     method, dense = config.method, rows[DENSE]
+    decoding = name.startswith("decode")
+    bounds = "bound: multiplications alone" + ("; reads: weights read alone" if decoding else "")
     table = Table(
         title=f"{name}, {config.dtype}, E {method.num_experts}, K {method.num_experts_per_tok}, A {method.adapter_dim}",
-        caption=f"Time relative to {'dense + LoRA' if name.startswith('train') else 'dense'}, quartiles, and by "
-        "arithmetic alone; the last column is memory less the experts' own, relative to dense.",
+        caption=f"Relative to dense{' + LoRA' if name.startswith('train') else ''}. {bounds}; less own: peak memory "
+        "without the experts' own.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    decoding = name.startswith("decode")
-    table.add_column("form", no_wrap=True)
-    columns = ["time", "quartiles", "arithmetic", *(["weights read"] if decoding else []), "tokens/s", "GB", "less own"]
+    columns = ["form", "time", "quartiles", "bound", *(["reads"] if decoding else []), "tokens/s", "GB", "less own"]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="left" if column == "form" else "right", no_wrap=True)
     for form, row in rows.items():
         table.add_row(
             form,

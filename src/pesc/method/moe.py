@@ -46,7 +46,9 @@ class CraftedFFN(Extension, nn.Module):
         adapted = shared if self.adapter_placement == "sequential" else hidden_states
         if self.adapter_dropout > 0:
             adapted = F.dropout(adapted, self.adapter_dropout, self.training)
-        delta_TD = self.experts(adapted.reshape(-1, hidden_size), index_TK, weights_TK * self.adapter_scaling)
+        if self.adapter_scaling != 1:
+            weights_TK = weights_TK * self.adapter_scaling
+        delta_TD = self.experts(adapted.reshape(-1, hidden_size), index_TK, weights_TK)
         # Into the experts' own output: one pass over memory less than a sum in a new tensor.
         return delta_TD.add_(shared.view_as(delta_TD)).view_as(shared)
 
