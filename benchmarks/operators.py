@@ -12,10 +12,10 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pesc.allocator import keep_freed_memory
 from pesc.bench.config import BenchConfig
 from pesc.bench.steps import Step, make_steps
 from pesc.bench.subjects import BACKENDS, DENSE, build_subject, load_base
-from pesc.training.allocator import keep_freed_memory
 
 STEPS = 4
 

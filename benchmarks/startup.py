@@ -37,7 +37,7 @@ def seconds_to_first_step(folder: Path, method: str) -> float:
     process = subprocess.Popen([*PESC, "train", str(recipe)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = output / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
-        if process.poll() not in (None, 0):
+        if process.poll() is not None:
             raise RuntimeError(f"pesc train {recipe} ended with {process.returncode}")
         time.sleep(0.01)
     seconds = time.perf_counter() - start

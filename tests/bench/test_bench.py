@@ -48,8 +48,9 @@ def test_costs_against_a_count_by_hand(tmp_path: Path) -> None:
     assert found["sparse upcycling"] == Cost(dense - 2 * ffn, 2 * (2 * ffn + router))
     assert costs(subject, "layers")[""] == Cost(2 * ffn, 2 * (2 * expert + router))
     assert subject.upcycled.config.num_local_experts == 4
-    assert weights_read(subject, 1) == pytest.approx(1 + 2 * (2 * expert + router) / dense)
-    assert weights_read(subject, 1000) == pytest.approx(1 + 2 * (4 * expert + router) / dense)
+    assert weights_read(subject, "auto", 1) == pytest.approx(1 + 2 * (2 * expert + router) / dense)
+    assert weights_read(subject, "auto", 1000) == pytest.approx(1 + 2 * (4 * expert + router) / dense)
+    assert weights_read(subject, "sparse upcycling", 1000) == pytest.approx((dense + 3 * 2 * ffn) / dense)
 
 
 def test_a_backward_pass_costs_a_product_for_the_input_and_one_for_each_trained_weight() -> None:
@@ -72,7 +73,7 @@ def test_peak_memory_is_what_lies_there_and_what_a_step_adds() -> None:
 def test_timings_take_turns_and_give_ratios() -> None:
     calls: list[str] = []
     timings = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
-    assert calls == ["a", "b"] * 3
+    assert calls == ["a", "b", "b", "a", "a", "b"]
     assert len(timings["a"].seconds) == 2
     assert Timing((2.0, 4.0, 9.0)).ratio(Timing((1.0, 2.0, 3.0)))[0] == 2.0
 
@@ -113,3 +114,10 @@ def test_trained_experts_hold_weights_gradients_and_two_moments(tmp_path: Path) 
 def test_no_number_below_one() -> None:
     with pytest.raises(ValueError, match=r"decode_batch\[1\] \(0\) must be at least 1"):
         BenchConfig(decode_batch=[1, 0])
+
+
+def test_upcycling_refuses_what_mixtral_cannot_hold(tmp_path: Path) -> None:
+    base = load_base(str(tiny_dense(tmp_path / "dense")), torch.float32)
+    method = PescConfig(num_experts=[4, 2], num_experts_per_tok=2, adapter_dim=8)
+    with pytest.raises(ValueError, match=r"num_experts \[4, 2\]: leave it out"):
+        build_subject(base, method, lora=False, upcycle=True)

@@ -120,3 +120,29 @@ def test_unchosen_experts_get_no_gradient() -> None:
     for backend in ["eager", *BACKENDS]:
         grads = run(bank, backend, [x, index, weights])[3:]
         assert all(torch.count_nonzero(g[[1, 3]]) == 0 and torch.count_nonzero(g[[0, 2]]) > 0 for g in grads)
+
+
+@pytest.mark.parametrize("trained", ["first", "down_proj"])
+def test_sorted_backward_of_one_trained_matrix(trained: str) -> None:
+    bank, inputs = make_bank("gelu", 4, 8, 4, torch.float32), make_input((6, 8, 4, 4, 2), torch.float32)
+    bank.requires_grad_(False)
+    getattr(bank, trained).requires_grad_(True)
+    for ours, oracle in zip(run(bank, "sorted_mm", inputs), run(bank, "eager", inputs), strict=True):
+        assert (ours is None) == (oracle is None)
+        assert ours is None or torch.allclose(ours, oracle, atol=1e-5)
+
+
+def test_sorted_of_no_tokens() -> None:
+    bank = make_bank("gelu", 4, 8, 4, torch.float32)
+    bank.config._experts_implementation = "sorted_mm"
+    empty = torch.zeros(0, 2)
+    assert bank(torch.zeros(0, 8), empty.long(), empty).shape == (0, 8)
+
+
+@pytest.mark.parametrize("backend", ["wide_mm", "sorted_mm", "auto"])
+def test_autocast_of_float32_weights(backend: str) -> None:
+    bank, inputs = make_bank("gelu", 8, 16, 8, torch.float32), make_input((40, 16, 8, 8, 2), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, oracle = run(bank, backend, inputs), run(bank, "eager", inputs)
+    for a, b in zip(ours, oracle, strict=True):
+        assert (a.float() - b.float()).abs().max() <= 0.03 * b.abs().max()

@@ -21,7 +21,8 @@ class BenchConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of all weights."""
     work: list[Work] = field(default_factory=lambda: ["train", "prefill", "decode"])
-    """What is timed. train_checkpointed is with gradient checkpointing; layers is the FFNs alone, forth and back."""
+    """What is timed. train_checkpointed is with gradient checkpointing; layers is the FFNs alone, forward and
+    backward; decode is `generate` with a prompt of 16 tokens."""
     batch: int = 2
     """Rows of training and prefill."""
     tokens: int = 512

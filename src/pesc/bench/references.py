@@ -28,7 +28,7 @@ def masks_and_copies(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor
 
 
 def all_experts(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
-    """The fork: every expert for every token, the unchosen with weight zero."""
+    """Sparsetral's fork of it: every expert for every token, the unchosen with weight zero."""
     gate_TE = weights.new_zeros(hidden_states.shape[0], bank.num_experts).scatter(1, index, weights)
     out_TD = torch.zeros_like(hidden_states)
     for expert in range(bank.num_experts):

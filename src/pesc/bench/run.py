@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from pesc.allocator import keep_freed_memory
 from pesc.bench.config import BenchConfig, Work
 from pesc.bench.memory import peak_memory
 from pesc.bench.steps import Step, make_steps
-from pesc.bench.subjects import DENSE, Subject, build_subject, costs, load_base, weights_read
+from pesc.bench.subjects import DENSE, UPCYCLED, Subject, build_subject, costs, load_base, weights_read
 from pesc.bench.timing import Timing, interleave
 from pesc.quiet import quiet_libraries
-from pesc.training.allocator import keep_freed_memory
 
 
 @dataclass
@@ -39,12 +39,12 @@ class Row:
     """Upper quartile."""
     bound: float
     """The ratio if only multiplications cost time."""
-    bytes_bound: float
-    """The ratio if only reading weights cost time; of use for decoding."""
+    bytes_bound: float | None
+    """The ratio if only reading weights cost time; for decoding."""
     peak_memory: int
     """Bytes of tensors."""
     own_memory: int
-    """Bytes of them that are the experts' and routers' weights, gradients and optimizer state."""
+    """Bytes of the experts' and routers' weights and, in training, gradients and optimizer state."""
 
 
 def run_bench(config: BenchConfig, console: Console, output: Path | None = None) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _row(
         ratio_low=low,
         ratio_high=high,
         bound=cost.get(form, cost[""]).of(work) / cost[DENSE].of(work),
-        bytes_bound=weights_read(subject, rows) if form not in cost else cost[form].of(work) / cost[DENSE].of(work),
+        bytes_bound=weights_read(subject, form, rows) if work == "decode" else None,
         peak_memory=peak_memory(step.run, step.resident()),
         own_memory=step.own_memory(),
     )
@@ -162,9 +162,9 @@ def _show(name: str, rows: dict[str, Row], config: BenchConfig, console: Console
             f"{row.ratio:.3f}",
             f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
             f"{row.bound:.3f}",
-            *([f"{row.bytes_bound:.3f}"] if decoding else []),
+            *([f"{row.bytes_bound:.3f}"] if row.bytes_bound is not None else []),
             f"{row.tokens_per_second:.0f}",
             f"{row.peak_memory / 1e9:.2f}",
-            f"{(row.peak_memory - row.own_memory) / dense.peak_memory:.3f}",
+            "" if form == UPCYCLED else f"{(row.peak_memory - row.own_memory) / dense.peak_memory:.3f}",
         )
     console.print(table)

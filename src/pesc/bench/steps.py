@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from pesc.bench.config import BenchConfig, Work
 from pesc.bench.subjects import DENSE, Subject, use_backend
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
+
+_PROMPT = 16  # tokens, before decoding
 
 
 @dataclass
@@ -52,19 +55,22 @@ def make_steps(subject: Subject, work: Work, rows: int, config: BenchConfig) -> 
     """
     torch.manual_seed(0)
     vocabulary, device = subject.dense.config.vocab_size, subject.dense.device
-    ids = torch.randint(3, vocabulary, (rows, config.tokens), device=device)
+    # A new batch each round, and so new routing; all forms see the same ones.
+    batches = torch.randint(3, vocabulary, (config.rounds + 1, rows, config.tokens), device=device)
     optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
     steps = {}
     for form, (model, backend) in subject.forms().items():
         if work.startswith("train"):
             optimizer = optimizers.setdefault(model, _optimizer(model))
-            steps[form] = Step(_train(model, backend, ids, optimizer, work == "train_checkpointed"), model, optimizer)
+            steps[form] = Step(
+                _train(model, backend, cycle(batches), optimizer, work == "train_checkpointed"), model, optimizer
+            )
         elif work == "layers":
-            steps[form] = Step(_layers(subject, form, backend, rows * config.tokens), model)
+            steps[form] = Step(_layers(subject, form, backend, rows * config.tokens, config.rounds), model)
         elif work == "prefill":
-            steps[form] = Step(_prefill(model, backend, ids), model)
+            steps[form] = Step(_prefill(model, backend, cycle(batches)), model)
         else:
-            steps[form] = Step(_decode(model, backend, ids[:, :16], config.decode_tokens), model)
+            steps[form] = Step(_decode(model, backend, cycle(batches[:, :, :_PROMPT]), config.decode_tokens), model)
     return steps
 
 
@@ -73,7 +79,11 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _train(
-    model: Any, backend: str | None, ids: torch.Tensor, optimizer: torch.optim.Optimizer, checkpointed: bool
+    model: Any,
+    backend: str | None,
+    batches: Iterator[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    checkpointed: bool,
 ) -> Callable[[], object]:
     model.train()
     if checkpointed:
@@ -81,6 +91,7 @@ def _train(
 
     def step() -> None:
         use_backend(model, backend)
+        ids = next(batches)
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -88,7 +99,7 @@ def _train(
     return step
 
 
-def _layers(subject: Subject, form: str, backend: str | None, tokens: int) -> Callable[[], object]:
+def _layers(subject: Subject, form: str, backend: str | None, tokens: int, rounds: int) -> Callable[[], object]:
     """Every FFN alone, forward and backward, with gradients for its input, its router and its experts."""
     model = subject.dense if form == DENSE else subject.crafted
     trained = {id(parameter) for parameter in expert_parameters(model).values()}
@@ -96,10 +107,11 @@ def _layers(subject: Subject, form: str, backend: str | None, tokens: int) -> Ca
         parameter.requires_grad_(id(parameter) in trained)
     ffns = [model.get_submodule(name) for name, _ in crafted_ffns(subject.crafted)]
     size = subject.dense.config.hidden_size
-    x_TD = torch.randn(tokens, size, device=model.device, dtype=model.dtype, requires_grad=True)
+    batches = cycle(torch.randn(rounds + 1, tokens, size, device=model.device, dtype=model.dtype))
 
     def step() -> None:
         use_backend(model, backend)
+        x_TD = next(batches).requires_grad_()
         for ffn in ffns:
             ffn(x_TD).backward(x_TD.detach())
         model.zero_grad()
@@ -108,21 +120,22 @@ def _layers(subject: Subject, form: str, backend: str | None, tokens: int) -> Ca
     return step
 
 
-def _prefill(model: Any, backend: str | None, ids: torch.Tensor) -> Callable[[], object]:
+def _prefill(model: Any, backend: str | None, batches: Iterator[torch.Tensor]) -> Callable[[], object]:
     @torch.inference_mode()
     def prefill() -> None:
         use_backend(model, backend)
-        model(ids, logits_to_keep=1)
+        model(next(batches), logits_to_keep=1)
 
     return prefill
 
 
-def _decode(model: Any, backend: str | None, prompt: torch.Tensor, tokens: int) -> Callable[[], object]:
+def _decode(model: Any, backend: str | None, prompts: Iterator[torch.Tensor], tokens: int) -> Callable[[], object]:
     model.generation_config.eos_token_id = None
-    mask = torch.ones_like(prompt)
 
     def decode() -> None:
         use_backend(model, backend)
+        prompt = next(prompts)
+        mask = torch.ones_like(prompt)
         model.generate(
             prompt, attention_mask=mask, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )

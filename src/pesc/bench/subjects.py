@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from pesc.bench import references
 from pesc.bench.config import Work
@@ -61,6 +62,9 @@ def build_subject(dense: Any, method: PescConfig, *, lora: bool, upcycle: bool) 
         method: the experts.
         lora: whether dense and crafted model carry LoRA, for training.
         upcycle: whether to build the Mixtral form with E copies of the FFN.
+
+    Raises:
+        ValueError: for a model or method that the Mixtral form cannot hold.
     """
     references.register()
     crafted = craft(copy.deepcopy(dense), method)
@@ -111,7 +115,7 @@ def costs(subject: Subject, work: Work) -> dict[str, Cost]:
     """
     ffns = crafted_ffns(subject.crafted)
     prefixes = tuple(f"{name}." for name, _ in ffns)
-    linear = {n: m.weight.numel() for n, m in subject.dense.named_modules() if isinstance(m, nn.Linear)}
+    linear = {n: m.weight.numel() for n, m in subject.dense.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     base = {name: count for name, count in linear.items() if "lora_" not in name}
     in_ffns = sum(count for name, count in base.items() if name.startswith(prefixes))
     dense = in_ffns if work == "layers" else sum(base.values())
@@ -126,9 +130,18 @@ def costs(subject: Subject, work: Work) -> dict[str, Cost]:
     return found
 
 
-def weights_read(subject: Subject, rows: int) -> float:
+def weights_read(subject: Subject, form: str, rows: int) -> float:
     """Linear weights that one decoding step of some rows reads, relative to dense, if rows choose at random."""
-    dense = costs(subject, "decode")[DENSE].frozen
+    cost = costs(subject, "decode")
+    dense = cost[DENSE].frozen
+    if form == DENSE:
+        return 1.0
+    if form == UPCYCLED:
+        share = (
+            1 - (1 - subject.upcycled.config.num_experts_per_tok / subject.upcycled.config.num_local_experts) ** rows
+        )
+        attention = cost[UPCYCLED].frozen
+        return (attention + share * subject.upcycled.config.num_local_experts * (dense - attention)) / dense
     bank = 0.0
     for _, ffn in crafted_ffns(subject.crafted):
         bank += _bank_size(ffn) * (1 - (1 - _chosen(ffn)) ** rows) + ffn.router.weight.numel()
@@ -150,6 +163,11 @@ def _lora_size(model: nn.Module) -> int:
 
 def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
     c = dense.config
+    if c.model_type != "llama" or not isinstance(method.num_experts, int):
+        raise ValueError(
+            f"upcycle needs a llama model with one num_experts for all layers, not {c.model_type} with "
+            f"num_experts {method.num_experts}: leave it out"
+        )
     config = MixtralConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -169,4 +187,4 @@ def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
 def _train_upcycled(model: Any) -> None:
     model.add_adapter(LoraConfig(**(_LORA | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]})))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or ".experts." in name)
+        parameter.requires_grad_("lora_" in name or ".experts." in name or ".gate." in name)

@@ -33,13 +33,18 @@ class Timing:
 def interleave(
     functions: Mapping[str, Callable[[], object]], rounds: int, on_round: Callable[[int], None] = lambda done: None
 ) -> dict[str, Timing]:
-    """Time functions in turns, A B C A B C …, after one untimed turn, so that a drifting machine hits all alike."""
+    """Time functions in turns, after one untimed turn, so that a drifting machine hits all alike.
+
+    Each turn starts one later, A B C, B C A, C A B, so that what one leaves behind does not always hit the same other.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
-        for name, function in functions.items():
+        names = list(functions)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             _synchronize()
             start = time.perf_counter()
-            function()
+            functions[name]()
             _synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)

@@ -4,7 +4,7 @@ Every function here computes what `Bank.loop` computes and takes the same argume
 [T, D], the chosen experts [T, K] and their weights [T, K]; it returns [T, D].
 
 Shapes: T tokens, D hidden size, A adapter dim, E experts, K chosen experts, N = T * K; W is the width of an adapter's
-first product, A or, when gated, 2A.
+first product, A or, when gated, 2A; S is N and the rows that fill up the experts' shares (`_rounded`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def auto_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Te
         forward = wide_mm_experts_forward if small else aligned_grouped_mm_experts_forward
     elif tokens == 1:
         forward = token_mm_experts_forward
-    elif tokens <= _FEW_TOKENS or (small and hidden_states.dtype is torch.bfloat16 and not hidden_states.requires_grad):
+    elif tokens <= _FEW_TOKENS or (small and hidden_states.dtype is torch.bfloat16 and not torch.is_grad_enabled()):
         forward = wide_mm_experts_forward
     else:
         forward = sorted_mm_experts_forward
@@ -87,16 +87,27 @@ def sorted_mm_experts_forward(
 ) -> Any:
     """Tokens sorted by expert once, then two products for each expert, with a backward pass of its own."""
     tokens, chosen = index.shape
+    if tokens == 0:
+        return torch.zeros_like(hidden_states)
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
     expert_N = index.reshape(-1)
     ranks_NE = F.one_hot(expert_N, bank.num_experts).cumsum(0)
-    segments, starts = _segments(ranks_NE[-1].tolist())
+    segments, starts = _segments(ranks_NE[-1].tolist(), rounded=dtype is not torch.float32)
     rank_N = ranks_NE.gather(1, expert_N.unsqueeze(1)).squeeze(1) - 1
     slot_N = index.new_tensor(starts)[expert_N] + rank_N
     # Rows that only fill up a segment take token 0, with weight 0.
     token_S = slot_N.new_zeros(segments[-1][1].stop)
     token_S.scatter_(0, slot_N, torch.arange(tokens, device=index.device).repeat_interleave(chosen))
     return _SortedExperts.apply(
-        hidden_states, bank.first, bank.down_proj, weights, token_S, slot_N.view_as(index), segments, bank.has_gate
+        hidden_states.to(dtype),
+        bank.first.to(dtype),
+        bank.down_proj.to(dtype),
+        weights.to(dtype),
+        token_S,
+        slot_N.view_as(index),
+        segments,
+        bank.has_gate,
     )
 
 
@@ -140,7 +151,7 @@ class _SortedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, first_EWD, second_EDA, weight_TK, token_S, slot_TK, first_SW = ctx.saved_tensors
-        trained = ctx.needs_input_grad[1]
+        _, first_trained, second_trained, *_ = ctx.needs_input_grad
         weight_S = weight_TK.new_zeros(len(token_S)).scatter_(0, slot_TK.reshape(-1), weight_TK.reshape(-1))
         grad_SD = grad_TD.index_select(0, token_S)
         inner_SA = _activate(first_SW, ctx.gated)
@@ -148,13 +159,13 @@ class _SortedExperts(torch.autograd.Function):
         for expert, rows in ctx.segments:
             torch.mm(grad_SD[rows], second_EDA[expert], out=grad_inner_SA[rows])
         grad_weight_TK = (grad_inner_SA * inner_SA).sum(dim=1)[slot_TK]
-        grad_second_EDA = torch.zeros_like(second_EDA) if trained else None
+        grad_second_EDA = torch.zeros_like(second_EDA) if second_trained else None
         if grad_second_EDA is not None:
             inner_SA.mul_(weight_S.unsqueeze(1))
             for expert, rows in ctx.segments:
                 torch.mm(grad_SD[rows].t(), inner_SA[rows], out=grad_second_EDA[expert])
         grad_first_SW = _activate_backward(grad_inner_SA.mul_(weight_S.unsqueeze(1)), first_SW, ctx.gated)
-        grad_first_EWD = torch.zeros_like(first_EWD) if trained else None
+        grad_first_EWD = torch.zeros_like(first_EWD) if first_trained else None
         if grad_first_EWD is not None:
             x_SD = x_TD.index_select(0, token_S)
             for expert, rows in ctx.segments:
@@ -166,9 +177,9 @@ class _SortedExperts(torch.autograd.Function):
         return grad_x_TD, grad_first_EWD, grad_second_EDA, grad_weight_TK, None, None, None, None
 
 
-def _segments(counts: list[int]) -> tuple[Segments, list[int]]:
+def _segments(counts: list[int], *, rounded: bool) -> tuple[Segments, list[int]]:
     """The rows of each chosen expert, and where those of every expert start."""
-    heights = [_rounded(count) for count in counts]
+    heights = [_rounded(count) for count in counts] if rounded else counts
     ends = list(accumulate(heights))
     starts = [end - height for end, height in zip(ends, heights, strict=True)]
     return [(e, slice(starts[e], ends[e])) for e, height in enumerate(heights) if height], starts
@@ -177,8 +188,8 @@ def _segments(counts: list[int]) -> tuple[Segments, list[int]]:
 def _rounded(count: int) -> int:
     """A count rounded up to one of eight sizes between a power of two and the next, in steps of 16 at least.
 
-    oneDNN compiles a kernel for each new shape of a bfloat16 product, which takes many times as long as the product.
-    Routing makes new shapes in every layer and step; this leaves few.
+    oneDNN compiles a kernel for each new shape of a 16-bit product, which takes many times as long as the product.
+    Routing makes new shapes in every layer and step; this leaves few. (fp32 goes to MKL, which compiles nothing.)
     """
     step = max(16, 1 << max(count.bit_length() - 4, 0))
     return -(-count // step) * step

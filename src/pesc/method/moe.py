@@ -49,8 +49,7 @@ class CraftedFFN(Extension, nn.Module):
         if self.adapter_scaling != 1:
             weights_TK = weights_TK * self.adapter_scaling
         delta_TD = self.experts(adapted.reshape(-1, hidden_size), index_TK, weights_TK)
-        # Into the experts' own output: one pass over memory less than a sum in a new tensor.
-        return delta_TD.add_(shared.view_as(delta_TD)).view_as(shared)
+        return shared + delta_TD.view_as(shared)
 
 
 def craft_ffn(ffn: nn.Module, hf_config: Any, config: PescConfig, layer: LayerConfig, hidden_size: int) -> CraftedFFN:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from pesc.allocator import release_freed_memory
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -32,6 +34,7 @@ def measure_peak_memory() -> Iterator[PeakMemory]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _RESET.exists():
+        release_freed_memory()  # of what was done before
         _RESET.write_text("5")
     try:
         yield peak

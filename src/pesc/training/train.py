@@ -14,13 +14,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
+from pesc.allocator import keep_freed_memory
 from pesc.crafting.adapter import add_lora, load_adapter_weights, save_adapter, train_experts
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_model, load_tokenizer
 from pesc.crafting.surgery import crafted_ffns
 from pesc.observe.memory import measure_peak_memory
 from pesc.quiet import quiet_libraries
-from pesc.training.allocator import keep_freed_memory
 from pesc.training.data import encode_rows, read_rows
 from pesc.training.progress import METRICS, MetricsWriter
 from pesc.training.recipe import Recipe

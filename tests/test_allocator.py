@@ -10,7 +10,7 @@ import pytest
 # Tensors of 36 MB, above what glibc ever keeps by default, as a step makes and frees them.
 SCRIPT = """
 import resource, sys, torch
-from pesc.training.allocator import keep_freed_memory
+from pesc.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 ones = torch.ones(9 << 20)
