@@ -17,6 +17,7 @@ from rich.console import Console
 
 from pesc.bench.config import BenchConfig
 from pesc.bench.run import run_bench
+from pesc.bench.subjects import DENSE, UPCYCLED
 from pesc.config import PescConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,21 +53,29 @@ def _method(shape: str) -> PescConfig:
 
 
 def tables(day: str) -> Iterator[str]:
-    """A Markdown table for every kind of work of every run that is there."""
+    """A Markdown table for each shape and dtype: a column for every kind of work, a row for every form."""
+    merged: dict[str, dict[str, Any]] = {}
     for path in sorted(RESULTS.glob(f"{day}-speed-*.json")):
-        result = json.loads(path.read_text())
-        for work, rows in result["work"].items():
-            yield f"\n{path.stem.removeprefix(f'{day}-speed-')}, {work}\n"
-            yield "| form | time | quartiles | arithmetic | weights read | tokens/s | peak GB | less the experts' own |"
-            yield "|---|---|---|---|---|---|---|---|"
-            for form, row in rows.items():
-                lean = (row["peak_memory"] - row["own_memory"]) / rows["dense"]["peak_memory"]
-                reads = "" if row["bytes_bound"] is None else f"{row['bytes_bound']:.2f}"
-                yield (
-                    f"| {form} | {row['ratio']:.2f} | {row['ratio_low']:.2f} to {row['ratio_high']:.2f} "
-                    f"| {row['bound']:.2f} | {reads} | {row['tokens_per_second']:.0f} "
-                    f"| {row['peak_memory'] / 1e9:.2f} | {lean:.3f} |"
-                )
+        name = path.stem.removeprefix(f"{day}-speed-").removesuffix("-more")
+        merged.setdefault(name, {}).update(json.loads(path.read_text())["work"])
+    for name, works in merged.items():
+        forms = list(next(iter(works.values())))
+        yield f"\n**{name}**\n\n| form | {' | '.join(works)} | peak GB, train | less own |"
+        yield "|---" * (len(works) + 3) + "|"
+        for form in forms:
+            cells = [_cell(rows[form]) if form in rows else "" for rows in works.values()]
+            train = works["train"]
+            peak, own = train[form]["peak_memory"], train[form]["own_memory"]
+            lean = "" if form == UPCYCLED else f"{(peak - own) / train[DENSE]['peak_memory']:.3f}"
+            yield f"| {form} | {' | '.join(cells)} | {peak / 1e9:.2f} | {lean} |"
+        bounds = [f"{rows['auto']['bound']:.2f}" for rows in works.values()]
+        yield f"| *multiplications* | {' | '.join(bounds)} | | |"
+        reads = [rows["auto"]["bytes_bound"] for rows in works.values()]
+        yield f"| *weights read* | {' | '.join('' if r is None else f'{r:.2f}' for r in reads)} | | |"
+
+
+def _cell(row: dict[str, float]) -> str:
+    return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
 
 
 def main() -> None:
