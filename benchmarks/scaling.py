@@ -33,7 +33,7 @@ from pesc.config import PescConfig
 RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parents[1] / "docs" / "scaling.svg"
 HIDDEN, FLOAT = 576, 4
-ROUNDS = 7
+ROUNDS = 5
 
 
 @dataclass(frozen=True)

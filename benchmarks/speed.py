@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,30 +27,30 @@ SHAPES = {"a64": (8, 2, 64), "a512": (8, 2, 512), "e16-a64": (16, 4, 64), "e16-a
 
 def runs() -> Iterator[tuple[str, BenchConfig]]:
     """(name, what is measured), the most wanted first."""
-    for dtype in ("float32", "bfloat16"):
-        shared: Any = {"dtype": dtype, "method": _method("a64"), "rounds": 3}
-        yield f"a64-{dtype}", BenchConfig(**shared, upcycle=True)
-        more: Any = ["train_checkpointed", "layers", "decode"]
-        yield f"a64-{dtype}-more", BenchConfig(**shared, work=more, decode_batch=[8, 32])
-    yield (
-        "7b-layer-bfloat16",
-        BenchConfig(
-            model="llama-2-7b-layer",
-            dtype="bfloat16",
-            method=_method("a512"),
-            rounds=5,
-            work=["train", "layers", "prefill", "decode"],
-        ),
-    )
-    for shape in ("a512", "e16-a64", "e16-a512"):
-        for dtype in ("float32", "bfloat16"):
-            settings: Any = {"dtype": dtype, "method": _method(shape), "rounds": 3}
-            yield f"{shape}-{dtype}", BenchConfig(**settings)
+    dtypes = ("float32", "bfloat16")
+    for dtype in dtypes:
+        yield f"a64-{dtype}", _config("a64", dtype, rounds=4)
+    layer = _config("a512", "bfloat16", rounds=4)
+    yield "7b-layer-bfloat16", replace(layer, model="llama-2-7b-layer", work=["train", "layers", "prefill", "decode"])
+    for dtype in dtypes:
+        more = _config("a64", dtype, rounds=3)
+        yield (
+            f"a64-{dtype}-more",
+            replace(more, work=["train_checkpointed", "layers", "decode"], decode_batch=[8, 32]),
+        )
+    for dtype in dtypes:
+        yield f"a512-{dtype}", _config("a512", dtype, rounds=3)
+    for dtype in dtypes:
+        yield f"upcycling-a64-{dtype}", replace(_config("a64", dtype, rounds=2), upcycle=True)
+    for shape in ("e16-a64", "e16-a512"):
+        for dtype in dtypes:
+            yield f"{shape}-{dtype}", _config(shape, dtype, rounds=2)
 
 
-def _method(shape: str) -> PescConfig:
+def _config(shape: str, dtype: Any, rounds: int) -> BenchConfig:
     experts, chosen, dim = SHAPES[shape]
-    return PescConfig(num_experts=experts, num_experts_per_tok=chosen, adapter_dim=dim)
+    method = PescConfig(num_experts=experts, num_experts_per_tok=chosen, adapter_dim=dim)
+    return BenchConfig(method=method, dtype=dtype, rounds=rounds)
 
 
 def tables(day: str) -> Iterator[str]:

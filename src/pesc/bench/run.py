@@ -22,7 +22,7 @@ from pesc.bench.config import BenchConfig, Work
 from pesc.bench.memory import peak_memory
 from pesc.bench.steps import Step, make_steps
 from pesc.bench.subjects import DENSE, UPCYCLED, Subject, build_subject, costs, load_base, weights_read
-from pesc.bench.timing import Timing, interleave
+from pesc.bench.timing import WARM_UPS, Timing, interleave
 from pesc.quiet import quiet_libraries
 
 
@@ -114,7 +114,7 @@ def _measure(
 ) -> dict[str, Row]:
     steps = make_steps(subject, work, rows, config)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"{name}, {config.dtype}", total=config.rounds + 1)
+        task = progress.add_task(f"{name}, {config.dtype}", total=WARM_UPS + config.rounds)
         functions = {form: step.run for form, step in steps.items()}
         timings = interleave(functions, config.rounds, lambda done: progress.update(task, completed=done + 1))
     tokens = rows * (config.decode_tokens if work == "decode" else config.tokens)

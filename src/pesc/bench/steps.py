@@ -15,6 +15,7 @@ from pesc.bench.subjects import DENSE, Subject, use_backend
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 _PROMPT = 16  # tokens, before decoding
+_BATCHES = 16
 
 
 @dataclass
@@ -56,7 +57,7 @@ def make_steps(subject: Subject, work: Work, rows: int, config: BenchConfig) -> 
     torch.manual_seed(0)
     vocabulary, device = subject.dense.config.vocab_size, subject.dense.device
     # A new batch each round, and so new routing; all forms see the same ones.
-    batches = torch.randint(3, vocabulary, (config.rounds + 1, rows, config.tokens), device=device)
+    batches = torch.randint(3, vocabulary, (_BATCHES, rows, config.tokens), device=device)
     optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
     steps = {}
     for form, (model, backend) in subject.forms().items():
@@ -66,7 +67,7 @@ def make_steps(subject: Subject, work: Work, rows: int, config: BenchConfig) -> 
                 _train(model, backend, cycle(batches), optimizer, work == "train_checkpointed"), model, optimizer
             )
         elif work == "layers":
-            steps[form] = Step(_layers(subject, form, backend, rows * config.tokens, config.rounds), model)
+            steps[form] = Step(_layers(subject, form, backend, rows * config.tokens), model)
         elif work == "prefill":
             steps[form] = Step(_prefill(model, backend, cycle(batches)), model)
         else:
@@ -99,7 +100,7 @@ def _train(
     return step
 
 
-def _layers(subject: Subject, form: str, backend: str | None, tokens: int, rounds: int) -> Callable[[], object]:
+def _layers(subject: Subject, form: str, backend: str | None, tokens: int) -> Callable[[], object]:
     """Every FFN alone, forward and backward, with gradients for its input, its router and its experts."""
     model = subject.dense if form == DENSE else subject.crafted
     trained = {id(parameter) for parameter in expert_parameters(model).values()}
@@ -107,7 +108,7 @@ def _layers(subject: Subject, form: str, backend: str | None, tokens: int, round
         parameter.requires_grad_(id(parameter) in trained)
     ffns = [model.get_submodule(name) for name, _ in crafted_ffns(subject.crafted)]
     size = subject.dense.config.hidden_size
-    batches = cycle(torch.randn(rounds + 1, tokens, size, device=model.device, dtype=model.dtype))
+    batches = cycle(torch.randn(_BATCHES, tokens, size, device=model.device, dtype=model.dtype))
 
     def step() -> None:
         use_backend(model, backend)

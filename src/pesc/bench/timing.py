@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+WARM_UPS = 2
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -33,12 +35,12 @@ class Timing:
 def interleave(
     functions: Mapping[str, Callable[[], object]], rounds: int, on_round: Callable[[int], None] = lambda done: None
 ) -> dict[str, Timing]:
-    """Time functions in turns, after one untimed turn, so that a drifting machine hits all alike.
+    """Time functions in turns, so that a drifting machine hits all alike.
 
-    Each turn starts one later, A B C, B C A, C A B, so that what one leaves behind does not always hit the same other.
+    Two turns before are not timed: the allocator still grows, and kernels are compiled. Each turn starts one later, A B C, B C A, C A B, so that what one leaves behind does not always hit the same other.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
+    for turn in range(WARM_UPS + rounds):
         names = list(functions)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -46,7 +48,7 @@ def interleave(
             start = time.perf_counter()
             functions[name]()
             _synchronize()
-            if turn:
+            if turn >= WARM_UPS:
                 seconds[name].append(time.perf_counter() - start)
         on_round(turn)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
