@@ -37,7 +37,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time functions in turns, so that a drifting machine hits all alike.
 
-    Two turns before are not timed: the allocator still grows, and kernels are compiled. Each turn starts one later, A B C, B C A, C A B, so that what one leaves behind does not always hit the same other.
+    Two turns before are not timed: the allocator still grows, and kernels are compiled. Each turn starts one later,
+    A B C, B C A, C A B, so that what one leaves behind does not always hit the same other.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(WARM_UPS + rounds):
