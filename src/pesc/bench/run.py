@@ -64,6 +64,8 @@ def run_bench(config: BenchConfig, console: Console, output: Path | None = None)
         ValueError, OSError: for a model that cannot be loaded.
     """
     kept = keep_freed_memory()
+    # oneDNN keeps 1024 compiled kernels; a form that needs more would throw out those of its neighbours.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine(),
