@@ -33,11 +33,13 @@ def runs() -> Iterator[tuple[str, BenchConfig]]:
     layer = _config("a512", "bfloat16", rounds=4)
     yield "7b-layer-bfloat16", replace(layer, model="llama-2-7b-layer", work=["train", "layers", "prefill", "decode"])
     for dtype in dtypes:
-        more = replace(_config("a64", dtype, rounds=2), decode_batch=[8, 32])
-        yield f"a64-{dtype}-more", replace(more, work=["layers", "decode", "train_checkpointed"])
-    for shape in ("a512", "e16-a64"):
-        for dtype in dtypes:
+        more = _config("a64", dtype, rounds=2)
+        yield f"a64-{dtype}-more", replace(more, work=["layers", "decode"], decode_batch=[8, 32])
+    for dtype in dtypes:
+        for shape in ("a512", "e16-a64"):
             yield f"{shape}-{dtype}", _config(shape, dtype, rounds=2)
+    for dtype in dtypes:
+        yield f"a64-{dtype}-checkpointed", replace(_config("a64", dtype, rounds=2), work=["train_checkpointed"])
     for dtype in dtypes:
         yield f"upcycling-a64-{dtype}", replace(_config("a64", dtype, rounds=2), upcycle=True)
     for dtype in dtypes:
@@ -54,7 +56,7 @@ def tables(day: str) -> Iterator[str]:
     """A Markdown table for each shape and dtype: a column for every kind of work, a row for every form."""
     merged: dict[str, dict[str, Any]] = {}
     for path in sorted(RESULTS.glob(f"{day}-speed-*.json")):
-        name = path.stem.removeprefix(f"{day}-speed-").removesuffix("-more")
+        name = path.stem.removeprefix(f"{day}-speed-").removesuffix("-more").removesuffix("-checkpointed")
         merged.setdefault(name, {}).update(json.loads(path.read_text())["work"])
     for name, works in merged.items():
         forms = list(next(iter(works.values())))
