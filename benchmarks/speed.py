@@ -58,7 +58,17 @@ def tables(day: str) -> Iterator[str]:
     for path in sorted(RESULTS.glob(f"{day}-speed-*.json")):
         name = path.stem.removeprefix(f"{day}-speed-").removesuffix("-more").removesuffix("-checkpointed")
         merged.setdefault(name, {}).update(json.loads(path.read_text())["work"])
-    for name, works in merged.items():
+    order = (
+        "train",
+        "train_checkpointed",
+        "layers",
+        "prefill",
+        "decode, batch 1",
+        "decode, batch 8",
+        "decode, batch 32",
+    )
+    for name, found in merged.items():
+        works = {work: found[work] for work in order if work in found}
         forms = list(next(iter(works.values())))
         yield f"\n**{name}**\n\n| form | {' | '.join(works)} | peak GB, train | less own |"
         yield "|---" * (len(works) + 3) + "|"
