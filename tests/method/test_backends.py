@@ -132,6 +132,12 @@ def test_sorted_backward_of_one_trained_matrix(trained: str) -> None:
         assert ours is None or torch.allclose(ours, oracle, atol=1e-5)
 
 
+def test_sorted_in_float16() -> None:
+    bank, inputs = make_bank("gelu", 8, 32, 16, torch.float16), make_input((130, 32, 16, 8, 2), torch.float16)
+    for ours, oracle in zip(run(bank, "sorted_mm", inputs), run(bank, "eager", inputs), strict=True):
+        assert (ours.float() - oracle.float()).abs().max() <= 0.005 * oracle.float().abs().max()
+
+
 def test_sorted_of_no_tokens() -> None:
     bank = make_bank("gelu", 4, 8, 4, torch.float32)
     bank.config._experts_implementation = "sorted_mm"

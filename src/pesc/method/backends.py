@@ -22,6 +22,8 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
+Segments = list[tuple[int, slice]]  # (expert, its rows among the S) of every expert that was chosen
+
 _FEW_TOKENS = 32
 _SMALL_BANK = 1024
 
@@ -109,9 +111,6 @@ def sorted_mm_experts_forward(
         segments,
         bank.has_gate,
     )
-
-
-Segments = list[tuple[int, slice]]  # (expert, its rows among the S) of every expert that was chosen
 
 
 class _SortedExperts(torch.autograd.Function):
