@@ -6,14 +6,13 @@ Run: python benchmarks/operators.py train bfloat16 [--backend auto]; SmolLM2, E 
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from pesc.allocator import keep_freed_memory
 from pesc.bench.config import BenchConfig
+from pesc.bench.memory import cpu_profiler
 from pesc.bench.steps import Step, make_steps
 from pesc.bench.subjects import BACKENDS, DENSE, build_subject, load_base
 
@@ -24,7 +23,7 @@ def operator_times(step: Step) -> tuple[Counter[str], Counter[str]]:
     """(milliseconds, calls) of a step by operation, without what it calls itself."""
     for _ in range(3):
         step.run()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with cpu_profiler() as profiler:
         for _ in range(STEPS):
             step.run()
     times: Counter[str] = Counter()
@@ -42,7 +41,6 @@ def main() -> None:
     parser.add_argument("dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     arguments = parser.parse_args()
-    os.environ["KINETO_LOG_LEVEL"] = "99"
     keep_freed_memory()
     config = BenchConfig(dtype=arguments.dtype)
     base = load_base(config.model, getattr(torch, config.dtype))

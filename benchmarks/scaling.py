@@ -88,7 +88,7 @@ def measure(point: Point) -> dict[str, Any]:
     return {
         "point": asdict(point),
         "time": [100 * (r - 1) for r in (ratio, low, high)],
-        "time_law": 100 * (cost[""].of("train") / cost[DENSE].of("train") - 1),
+        "time_law": 100 * (cost["auto"].of("train") / cost[DENSE].of("train") - 1),
         "memory": (memory["auto"] - memory[DENSE]) / 1e6,
         "memory_law": (own * 3 / 4 + max(kept, own / 4)) / 1e6,
     }

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from pesc.bench.config import BenchConfig
-from pesc.bench.run import run_bench
+from pesc.bench.run import Row, run_bench
 from pesc.bench.subjects import DENSE, UPCYCLED
 from pesc.config import PescConfig
 
@@ -54,10 +54,11 @@ def _config(shape: str, dtype: Any, rounds: int) -> BenchConfig:
 
 def tables(day: str) -> Iterator[str]:
     """A Markdown table for each shape and dtype: a column for every kind of work, a row for every form."""
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[str, dict[str, dict[str, Row]]] = {}
     for path in sorted(RESULTS.glob(f"{day}-speed-*.json")):
         name = path.stem.removeprefix(f"{day}-speed-").removesuffix("-more").removesuffix("-checkpointed")
-        merged.setdefault(name, {}).update(json.loads(path.read_text())["work"])
+        for work, rows in json.loads(path.read_text())["work"].items():
+            merged.setdefault(name, {})[work] = {form: Row(**row) for form, row in rows.items()}
     order = (
         "train",
         "train_checkpointed",
@@ -74,18 +75,17 @@ def tables(day: str) -> Iterator[str]:
         yield "|---" * (len(works) + 3) + "|"
         for form in forms:
             cells = [_cell(rows[form]) if form in rows else "" for rows in works.values()]
-            train = works["train"]
-            peak, own = train[form]["peak_memory"], train[form]["own_memory"]
-            lean = "" if form == UPCYCLED else f"{(peak - own) / train[DENSE]['peak_memory']:.3f}"
-            yield f"| {form} | {' | '.join(cells)} | {peak / 1e9:.2f} | {lean} |"
-        bounds = [f"{rows['auto']['bound']:.2f}" for rows in works.values()]
+            row, dense = works["train"][form], works["train"][DENSE]
+            lean = "" if form == UPCYCLED else f"{row.less_own(dense):.3f}"
+            yield f"| {form} | {' | '.join(cells)} | {row.peak_memory / 1e9:.2f} | {lean} |"
+        bounds = [f"{rows['auto'].bound:.2f}" for rows in works.values()]
         yield f"| *multiplications* | {' | '.join(bounds)} | | |"
-        reads = [rows["auto"]["bytes_bound"] for rows in works.values()]
+        reads = [rows["auto"].bytes_bound for rows in works.values()]
         yield f"| *weights read* | {' | '.join('' if r is None else f'{r:.2f}' for r in reads)} | | |"
 
 
-def _cell(row: dict[str, float]) -> str:
-    return f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+def _cell(row: Row) -> str:
+    return f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
 
 
 def main() -> None:

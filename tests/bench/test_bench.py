@@ -44,9 +44,9 @@ def test_costs_against_a_count_by_hand(tmp_path: Path) -> None:
     dense = 2 * (ffn + attention) + 32 * 264
     found = costs(subject, "prefill")
     assert found["dense"] == Cost(dense, 0)
-    assert found[""] == Cost(dense, 2 * (2 * expert + router))
+    assert found["auto"] == Cost(dense, 2 * (2 * expert + router))
     assert found["sparse upcycling"] == Cost(dense - 2 * ffn, 2 * (2 * ffn + router))
-    assert costs(subject, "layers")[""] == Cost(2 * ffn, 2 * (2 * expert + router))
+    assert costs(subject, "layers")["auto"] == Cost(2 * ffn, 2 * (2 * expert + router))
     assert subject.upcycled.config.num_local_experts == 4
     assert weights_read(subject, "auto", 1) == pytest.approx(1 + 2 * (2 * expert + router) / dense)
     assert weights_read(subject, "auto", 1000) == pytest.approx(1 + 2 * (4 * expert + router) / dense)

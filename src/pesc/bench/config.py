@@ -40,6 +40,5 @@ class BenchConfig:
         """Raise ValueError for numbers below 1."""
         numbers = {"batch": self.batch, "tokens": self.tokens, "decode_tokens": self.decode_tokens}
         numbers |= {"rounds": self.rounds} | {f"decode_batch[{i}]": rows for i, rows in enumerate(self.decode_batch)}
-        for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"{name} ({number}) must be at least 1")
+        if problems := [f"{name} ({number}) must be at least 1" for name, number in numbers.items() if number < 1]:
+            raise ValueError("; ".join(problems))

@@ -23,6 +23,12 @@ def peak_memory(step: Callable[[], object], resident: Iterable[torch.Tensor]) ->
     return sum(held.values()) + (_cuda_growth(step) if torch.cuda.is_available() else _cpu_growth(step))
 
 
+def cpu_profiler(*, profile_memory: bool = False) -> profile:
+    """torch's profiler of what runs on the CPU, without the notices that it writes to stderr."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=profile_memory)
+
+
 def _cuda_growth(step: Callable[[], object]) -> int:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -31,8 +37,7 @@ def _cuda_growth(step: Callable[[], object]) -> int:
 
 
 def _cpu_growth(step: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with cpu_profiler(profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

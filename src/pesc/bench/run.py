@@ -20,9 +20,9 @@ from rich.table import Table
 from pesc.allocator import keep_freed_memory
 from pesc.bench.config import BenchConfig, Work
 from pesc.bench.memory import peak_memory
-from pesc.bench.steps import Step, make_steps
+from pesc.bench.steps import make_steps
 from pesc.bench.subjects import DENSE, UPCYCLED, Subject, build_subject, costs, load_base, weights_read
-from pesc.bench.timing import WARM_UPS, Timing, interleave
+from pesc.bench.timing import WARM_UPS, interleave
 from pesc.quiet import quiet_libraries
 
 
@@ -45,6 +45,10 @@ class Row:
     """Bytes of tensors."""
     own_memory: int
     """Bytes of the experts' and routers' weights and, in training, gradients and optimizer state."""
+
+    def less_own(self, dense: Row) -> float:
+        """Peak memory without the experts' own, relative to the dense form's."""
+        return (self.peak_memory - self.own_memory) / dense.peak_memory
 
 
 def run_bench(config: BenchConfig, console: Console, output: Path | None = None) -> dict[str, Any]:
@@ -120,27 +124,21 @@ def _measure(
         functions = {form: step.run for form, step in steps.items()}
         timings = interleave(functions, config.rounds, lambda done: progress.update(task, completed=done + 1))
     tokens = rows * (config.decode_tokens if work == "decode" else config.tokens)
-    return {
-        form: _row(subject, work, rows, form, step, timings[form], timings[DENSE], tokens)
-        for form, step in steps.items()
-    }
-
-
-def _row(
-    subject: Subject, work: Work, rows: int, form: str, step: Step, timing: Timing, dense: Timing, tokens: int
-) -> Row:
-    cost = costs(subject, work)
-    ratio, low, high = timing.ratio(dense)
-    return Row(
-        tokens_per_second=tokens / timing.median,
-        ratio=ratio,
-        ratio_low=low,
-        ratio_high=high,
-        bound=cost.get(form, cost[""]).of(work) / cost[DENSE].of(work),
-        bytes_bound=weights_read(subject, form, rows) if work == "decode" else None,
-        peak_memory=peak_memory(step.run, step.resident()),
-        own_memory=step.own_memory(),
-    )
+    cost = {form: of_form.of(work) for form, of_form in costs(subject, work).items()}
+    table = {}
+    for form, step in steps.items():
+        ratio, low, high = timings[form].ratio(timings[DENSE])
+        table[form] = Row(
+            tokens_per_second=tokens / timings[form].median,
+            ratio=ratio,
+            ratio_low=low,
+            ratio_high=high,
+            bound=cost[form] / cost[DENSE],
+            bytes_bound=weights_read(subject, form, rows) if work == "decode" else None,
+            peak_memory=peak_memory(step.run, step.resident()),
+            own_memory=step.own_memory(),
+        )
+    return table
 
 
 def _show(name: str, rows: dict[str, Row], config: BenchConfig, console: Console) -> None:
@@ -167,6 +165,6 @@ def _show(name: str, rows: dict[str, Row], config: BenchConfig, console: Console
             *([f"{row.bytes_bound:.3f}"] if row.bytes_bound is not None else []),
             f"{row.tokens_per_second:.0f}",
             f"{row.peak_memory / 1e9:.2f}",
-            "" if form == UPCYCLED else f"{(row.peak_memory - row.own_memory) / dense.peak_memory:.3f}",
+            "" if form == UPCYCLED else f"{row.less_own(dense):.3f}",
         )
     console.print(table)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pesc.bench.config import BenchConfig, Work
-from pesc.bench.subjects import DENSE, Subject, use_backend
+from pesc.bench.subjects import Subject, use_backend
+from pesc.crafting.adapter import train_experts
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 _PROMPT = 16  # tokens, before decoding
@@ -54,20 +55,24 @@ def make_steps(subject: Subject, work: Work, rows: int, config: BenchConfig) -> 
         rows: rows of the batch.
         config: tokens of a row.
     """
-    torch.manual_seed(0)
-    vocabulary, device = subject.dense.config.vocab_size, subject.dense.device
+    dense, forms = subject.dense, subject.forms()
     # A new batch each round, and so new routing; all forms see the same ones.
-    batches = torch.randint(3, vocabulary, (_BATCHES, rows, config.tokens), device=device)
-    optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
+    torch.manual_seed(0)
+    if work == "layers":
+        size = (_BATCHES, rows * config.tokens, dense.config.hidden_size)
+        batches = torch.randn(size, device=dense.device, dtype=dense.dtype)
+    else:
+        batches = torch.randint(3, dense.config.vocab_size, (_BATCHES, rows, config.tokens), device=dense.device)
+    optimizers = {model: _optimizer(model) for model, _ in forms.values()} if work.startswith("train") else {}
     steps = {}
-    for form, (model, backend) in subject.forms().items():
+    for form, (model, backend) in forms.items():
         if work.startswith("train"):
-            optimizer = optimizers.setdefault(model, _optimizer(model))
-            steps[form] = Step(
-                _train(model, backend, cycle(batches), optimizer, work == "train_checkpointed"), model, optimizer
-            )
+            checkpointed = work == "train_checkpointed"
+            run = _train(model, backend, cycle(batches), optimizers[model], checkpointed)
+            steps[form] = Step(run, model, optimizers[model])
         elif work == "layers":
-            steps[form] = Step(_layers(subject, form, backend, rows * config.tokens), model)
+            ffns = [model.get_submodule(name) for name, _ in crafted_ffns(subject.crafted)]
+            steps[form] = Step(_layers(model, backend, cycle(batches), ffns), model)
         elif work == "prefill":
             steps[form] = Step(_prefill(model, backend, cycle(batches)), model)
         else:
@@ -100,15 +105,11 @@ def _train(
     return step
 
 
-def _layers(subject: Subject, form: str, backend: str | None, tokens: int) -> Callable[[], object]:
+def _layers(
+    model: Any, backend: str | None, batches: Iterator[torch.Tensor], ffns: list[nn.Module]
+) -> Callable[[], object]:
     """Every FFN alone, forward and backward, with gradients for its input, its router and its experts."""
-    model = subject.dense if form == DENSE else subject.crafted
-    trained = {id(parameter) for parameter in expert_parameters(model).values()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    ffns = [model.get_submodule(name) for name, _ in crafted_ffns(subject.crafted)]
-    size = subject.dense.config.hidden_size
-    batches = cycle(torch.randn(_BATCHES, tokens, size, device=model.device, dtype=model.dtype))
+    train_experts(model)
 
     def step() -> None:
         use_backend(model, backend)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pesc.bench import references
 from pesc.bench.config import Work
 from pesc.config import PescConfig
-from pesc.crafting.adapter import add_lora
+from pesc.crafting.adapter import add_lora, lora_parameters
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_model
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
@@ -111,7 +111,7 @@ def costs(subject: Subject, work: Work) -> dict[str, Cost]:
     """What a token costs by arithmetic alone; for "layers", in the FFNs alone.
 
     Returns:
-        By form: DENSE, UPCYCLED, and "" for every crafted one, where only the chosen experts count.
+        By form; of crafted ones only the chosen experts count.
     """
     ffns = crafted_ffns(subject.crafted)
     prefixes = tuple(f"{name}." for name, _ in ffns)
@@ -121,7 +121,8 @@ def costs(subject: Subject, work: Work) -> dict[str, Cost]:
     dense = in_ffns if work == "layers" else sum(base.values())
     router = sum(ffn.router.weight.numel() for _, ffn in ffns)
     active = router + sum(round(_bank_size(ffn) * _chosen(ffn)) for _, ffn in ffns)
-    found = {DENSE: Cost(dense, _lora_size(subject.dense)), "": Cost(dense, _lora_size(subject.crafted) + active)}
+    found = {DENSE: Cost(dense, _lora_size(subject.dense))}
+    found |= dict.fromkeys(BACKENDS, Cost(dense, _lora_size(subject.crafted) + active))
     if subject.upcycled is not None:
         config = subject.upcycled.config
         found[UPCYCLED] = Cost(
@@ -137,15 +138,18 @@ def weights_read(subject: Subject, form: str, rows: int) -> float:
     if form == DENSE:
         return 1.0
     if form == UPCYCLED:
-        share = (
-            1 - (1 - subject.upcycled.config.num_experts_per_tok / subject.upcycled.config.num_local_experts) ** rows
-        )
+        experts, chosen = subject.upcycled.config.num_local_experts, subject.upcycled.config.num_experts_per_tok
         attention = cost[UPCYCLED].frozen
-        return (attention + share * subject.upcycled.config.num_local_experts * (dense - attention)) / dense
+        return (attention + _hit(chosen / experts, rows) * experts * (dense - attention)) / dense
     bank = 0.0
     for _, ffn in crafted_ffns(subject.crafted):
-        bank += _bank_size(ffn) * (1 - (1 - _chosen(ffn)) ** rows) + ffn.router.weight.numel()
+        bank += _bank_size(ffn) * _hit(_chosen(ffn), rows) + ffn.router.weight.numel()
     return (dense + bank) / dense
+
+
+def _hit(chosen: float, rows: int) -> float:
+    """Share of the experts that at least one of some rows chooses, when each chooses such a share at random."""
+    return 1 - (1 - chosen) ** rows
 
 
 def _chosen(ffn: Any) -> float:
@@ -158,7 +162,7 @@ def _bank_size(ffn: Any) -> int:
 
 
 def _lora_size(model: nn.Module) -> int:
-    return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    return sum(p.numel() for p in lora_parameters(model).values())
 
 
 def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
@@ -186,5 +190,5 @@ def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
 
 def _train_upcycled(model: Any) -> None:
     model.add_adapter(LoraConfig(**(_LORA | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]})))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name or ".experts." in name or ".gate." in name)
+    for layer in model.model.layers:
+        layer.mlp.requires_grad_(True)  # experts and router

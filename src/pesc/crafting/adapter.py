@@ -56,7 +56,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     tied = model.config.tie_word_embeddings and isinstance(model.get_input_embeddings(), LoraLayer)
     if tied or isinstance(model.get_output_embeddings(), LoraLayer):
         raise ValueError("add_lora: target_modules must not name the embeddings or the output layer")
-    for parameter in _lora_parameters(model).values():
+    for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.float()
     train_experts(model)
     return model
@@ -71,7 +71,18 @@ def train_experts(model: PreTrainedModel) -> None:
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """What an adapter folder holds of a model: LoRA, router and expert parameters by name."""
-    return expert_parameters(model) | _lora_parameters(model)
+    return expert_parameters(model) | lora_parameters(model)
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What LoRA added to a model, by name."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for key, parameter in module.named_parameters()
+        if not key.startswith("base_layer.")
+    }
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
@@ -268,16 +279,6 @@ def _hash_files(stamps: tuple[tuple[str, int], ...]) -> str:
             while block := stream.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{name}.{key}": parameter
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for key, parameter in module.named_parameters()
-        if not key.startswith("base_layer.")
-    }
 
 
 def _lora_settings(lora: LoraConfig) -> dict[str, Any]:
