@@ -218,7 +218,8 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     expected, found = adapter_tensors(model), read_tensors(folder / ADAPTER_WEIGHTS)
     shapes, found_shapes = ({name: t.shape for name, t in tensors.items()} for tensors in (expected, found))
     if lines := shape_mismatches(shapes, found_shapes, "in the model"):
-        raise ValueError(f"{folder} does not fit its base and settings:\n" + "\n".join(lines))
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ValueError(f"{folder} does not fit its base and settings:\n{listed}")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(found[name])

@@ -157,7 +157,8 @@ def _check_dense_weights(skeleton: Any, weight_map: dict[str, str], new: set[str
     found = {in_model[name]: shape for name, shape in _shapes(source, weight_map).items()}
     untied = {name: shape for name, shape in expected.items() if name in found or name not in tied}
     if lines := shape_mismatches(untied, found, "by the config"):
-        raise ValueError(f"{source} does not hold the dense model that its config describes:\n" + "\n".join(lines))
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ValueError(f"{source} does not hold the dense model that its config describes:\n{listed}")
 
 
 def _ffn_dtype(skeleton: Any, source: Path, weight_map: dict[str, str]) -> torch.dtype:
@@ -181,10 +182,10 @@ def shape_mismatches(
         found: those in a file.
         promised: where the expected shapes come from, as the lines say it: "by the config", "in the model".
     """
-    lines = [f"  missing: {name}" for name in sorted(expected.keys() - found.keys())]
-    lines += [f"  unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
+    lines = [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
     lines += [
-        f"  wrong shape: {name} is {list(found[name])} in the file, {list(expected[name])} {promised}"
+        f"wrong shape: {name} is {list(found[name])} in the file, {list(expected[name])} {promised}"
         for name in sorted(expected.keys() & found.keys())
         if list(found[name]) != list(expected[name])
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pesc.crafting.checkpoint import new_folder
+from pesc.crafting.checkpoint import new_folder, shape_mismatches
 from pesc.crafting.dense import read_json, resolve
 from pesc.interop.layouts import Target, config_from, detect, expert_of, promises, skeleton_of, targets
 from pesc.interop.weights import SHARD_BYTES, ShardWriter, Weights, weight_files
@@ -91,18 +91,12 @@ def mismatches(plan: list[Target], weights: Weights, tied: set[str]) -> list[str
         weights: the foreign checkpoint.
         tied: names that stand for another tensor; a file may hold them, with the same values.
     """
-    found, expected = weights.tensors, {name for target in plan for name in target.sources}
-    lines = [f"missing: {name}" for target in plan for name in target.sources if name not in found]
-    extra = sorted(name for name in found.keys() - expected - tied if not _ROTARY.fullmatch(name))
-    lines += [f"unexpected: {name}" for name in extra]
+    found = weights.tensors
+    expected = {name: target.shape for target in plan for name in target.sources}
+    counted = {n: t.shape for n, t in found.items() if n in expected or not (n in tied or _ROTARY.fullmatch(n))}
+    lines = shape_mismatches(expected, counted, "by the config")
     for target in plan:
-        present = [name for name in target.sources if name in found]
-        lines += [
-            f"wrong shape: {name} is {list(found[name].shape)} in the file, {list(target.shape)} by the config"
-            for name in present
-            if found[name].shape != target.shape
-        ]
-        dtypes = sorted({found[name].dtype for name in present})
+        dtypes = sorted({found[name].dtype for name in target.sources if name in found})
         if len(dtypes) > 1:
             lines.append(f"mixed dtypes: the experts of {target.name} are {' and '.join(dtypes)}")
     lines += [
