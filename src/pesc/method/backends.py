@@ -22,9 +22,10 @@ from transformers.integrations.moe import (
     grouped_mm_experts_forward,
 )
 
+from pesc.method.onednn import FEW_TOKENS, without_onednn
+
 Segments = list[tuple[int, slice]]  # (expert, its rows among the S) of every expert that was chosen
 
-_FEW_TOKENS = 32
 _SMALL_BANK = 1024
 
 
@@ -44,7 +45,7 @@ def auto_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Te
         forward = wide_mm_experts_forward if small else aligned_grouped_mm_experts_forward
     elif tokens == 1:
         forward = token_mm_experts_forward
-    elif tokens <= _FEW_TOKENS or (small and hidden_states.dtype is torch.bfloat16 and not torch.is_grad_enabled()):
+    elif tokens <= FEW_TOKENS or (small and hidden_states.dtype is torch.bfloat16 and not torch.is_grad_enabled()):
         forward = wide_mm_experts_forward
     else:
         forward = sorted_mm_experts_forward
@@ -62,8 +63,9 @@ def wide_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch
     first_TEW = F.linear(hidden_states, first_EWD.reshape(experts * width, hidden)).unflatten(-1, (experts, width))
     gate_TE = hidden_states.new_zeros(hidden_states.shape[0], experts)
     gate_TE = gate_TE.scatter(1, index, weights.to(hidden_states.dtype))
-    inner_TEA = bank.activate(first_TEW) * gate_TE.unsqueeze(-1)
-    if hidden_states.shape[0] <= _FEW_TOKENS:
+    with without_onednn(hidden_states, up_to=FEW_TOKENS):
+        inner_TEA = bank.activate(first_TEW) * gate_TE.unsqueeze(-1)
+    if hidden_states.shape[0] <= FEW_TOKENS:
         # Laying the second matrices side by side copies them, which few tokens would not pay back.
         return torch.bmm(inner_TEA.transpose(0, 1), second_EDA.transpose(1, 2)).sum(dim=0)
     return F.linear(inner_TEA.flatten(1), second_EDA.transpose(0, 1).flatten(1))
@@ -73,14 +75,15 @@ def token_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torc
     """Products of one row straight from the bank, an expert of a token at a time: for one token."""
     first_EWD, second_EDA = bank.first, bank.down_proj
     rows = []
-    for token, chosen in enumerate(index.tolist()):
-        x_1D = hidden_states[token : token + 1]
-        first_KW = torch.cat([F.linear(x_1D, first_EWD[expert]) for expert in chosen])
-        inner_KA = bank.activate(first_KW) * weights[token].unsqueeze(1)
-        row_1D = F.linear(inner_KA[:1], second_EDA[chosen[0]])
-        for position, expert in enumerate(chosen[1:], start=1):
-            row_1D = row_1D.addmm(inner_KA[position : position + 1], second_EDA[expert].t())
-        rows.append(row_1D)
+    with without_onednn(hidden_states, up_to=1):
+        for token, chosen in enumerate(index.tolist()):
+            x_1D = hidden_states[token : token + 1]
+            first_KW = torch.cat([F.linear(x_1D, first_EWD[expert]) for expert in chosen])
+            inner_KA = bank.activate(first_KW) * weights[token].unsqueeze(1)
+            row_1D = F.linear(inner_KA[:1], second_EDA[chosen[0]])
+            for position, expert in enumerate(chosen[1:], start=1):
+                row_1D = row_1D.addmm(inner_KA[position : position + 1], second_EDA[expert].t())
+            rows.append(row_1D)
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 

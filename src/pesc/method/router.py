@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pesc.method.onednn import FEW_TOKENS, without_onednn
+
 
 class Router(nn.Module):
     """Chooses K of E experts for each token from the FFN's input.
@@ -41,7 +43,8 @@ class Router(nn.Module):
         Returns:
             router_logits [T, E] fp32; top_k_weights [T, K] in the input's dtype; top_k_index [T, K] int64.
         """
-        logits_TE = F.linear(hidden_states, self.weight).float()
+        with without_onednn(hidden_states, up_to=FEW_TOKENS):
+            logits_TE = F.linear(hidden_states, self.weight).float()
         top_logits_TK, index_TK = torch.topk(logits_TE, self.num_experts_per_tok, dim=-1)
         weights_TK = top_logits_TK.softmax(dim=-1).to(hidden_states.dtype)
         return logits_TE, weights_TK, index_TK
