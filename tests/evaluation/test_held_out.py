@@ -28,7 +28,7 @@ def test_row_scores_are_the_models_own_loss(setting) -> None:
     model, tokenizer, rows = setting
     scores = score_rows(model, tokenizer, rows, batch_size=5)
     for row, score in zip(rows, scores.rows, strict=True):
-        input_ids, labels = encode_messages(row["messages"], tokenizer)
+        [(input_ids, labels)] = encode_messages(row["messages"], tokenizer)
         loss = model(torch.tensor([input_ids]), labels=torch.tensor([labels])).loss
         assert score.nll / score.tokens == pytest.approx(loss.item(), rel=1e-4)
         assert score.domain == row["domain"]
@@ -45,7 +45,7 @@ def test_batches_and_padding_change_nothing(setting) -> None:
 def test_expert_counts_cover_every_token_twice(setting) -> None:
     model, tokenizer, rows = setting
     scores = score_rows(model, tokenizer, rows)
-    tokens = sum(len(encode_messages(row["messages"], tokenizer)[0]) for row in rows)
+    tokens = sum(len(encode_messages(row["messages"], tokenizer)[0][0]) for row in rows)
     for layer in range(2):
         assert sum(int(scores.counts[domain][layer].sum()) for domain in scores.counts) == 2 * tokens
 

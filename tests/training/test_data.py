@@ -21,7 +21,7 @@ TURNS = [
 
 def test_every_assistant_turn_is_learnt_with_its_end() -> None:
     tokenizer = tiny_tokenizer()
-    input_ids, labels = encode_messages(TURNS, tokenizer)
+    [(input_ids, labels)] = encode_messages(TURNS, tokenizer)
     assert tokenizer.decode(input_ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
     learnt = tokenizer.decode([label for label in labels if label != IGNORED])
     assert learnt == "yes<|im_end|>no, été<|im_end|>"
@@ -37,10 +37,32 @@ def test_cut_and_dropped_rows_are_counted() -> None:
     assert (len(encoded.rows), encoded.cut, encoded.dropped) == (0, 2, 2)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+# As Qwen3's: the last answer shows that it was not thought about, earlier ones do not.
+REWRITING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = REWRITING
+    rows = encode_messages(TURNS, tokenizer)
+    assert [tokenizer.decode(ids) for ids, _ in rows] == [
+        tokenizer.apply_chat_template(TURNS[:end], tokenize=False) for end in (3, 5)
+    ]
+    learnt = [tokenizer.decode([label for label in labels if label != IGNORED]) for _, labels in rows]
+    assert learnt == ["<think></think>yes<|im_end|>", "<think></think>no, été<|im_end|>"]
+    encoded = encode_rows([{"messages": TURNS}, {"messages": TURNS[1:3]}], tokenizer, max_length=1000)
+    assert (len(encoded.rows), encoded.split) == (3, 1)
+
+
+def test_a_template_whose_answers_do_not_follow_the_prompt_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
+    with pytest.raises(ValueError, match="starts an answer with its generation prompt"):
         encode_messages(TURNS, tokenizer)
 
 

@@ -65,6 +65,7 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
         "metrics.jsonl",
         "recipe.yaml",
         "summary.json",
+        "train_data.sha256",
     }
     assert "loss" in console.file.getvalue()
 
@@ -186,6 +187,19 @@ def test_a_complete_run_is_left_alone_and_another_recipe_refused(tmp_path: Path,
     assert (adapter / "adapter.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match=r"another recipe \(steps: 6 there, 7 asked for\)"):
         train(make_recipe(tmp_path, steps=7), console)
+
+
+def test_data_that_has_changed_since_are_refused(tmp_path: Path, console: Console) -> None:
+    recipe = make_recipe(tmp_path)
+    train(recipe, console)
+    recipe.train_data.rename(tmp_path / "elsewhere.jsonl")
+    train(recipe, console)  # complete: needs no data
+    write_rows(recipe.train_data)
+    train(recipe, console)
+    with recipe.train_data.open("a") as data:
+        data.write(recipe.train_data.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl has changed since the run in .*run began"):
+        train(recipe, console)
 
 
 def test_dense_and_crafted_runs_see_the_same_data_in_the_same_order(

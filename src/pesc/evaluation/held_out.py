@@ -70,11 +70,12 @@ def score_rows(
         on_batch: told the number of rows done so far.
 
     Returns:
-        The scores, in the order of `rows`.
+        The scores, in the order of `rows`; more than one of a conversation that `encode_messages` splits.
     """
-    encoded = [encode_messages(row["messages"], tokenizer) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))
-    scores: list[RowScore | None] = [None] * len(rows)
+    pairs = [(pair, row["domain"]) for row in rows for pair in encode_messages(row["messages"], tokenizer)]
+    encoded, domains = [pair for pair, _ in pairs], [domain for _, domain in pairs]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    scores: list[RowScore | None] = [None] * len(encoded)
     counts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -82,8 +83,8 @@ def score_rows(
         with record_router_logits(model) as router_logits:
             nll = summed_loss(model, input_ids.to(model.device), mask.to(model.device), labels.to(model.device))
         for i, row_nll, row_labels in zip(chosen, nll.tolist(), labels, strict=True):
-            scores[i] = RowScore(rows[i]["domain"], row_nll, int((row_labels[1:] != IGNORED).sum()))
-        _count_experts(model, router_logits, mask, [rows[i]["domain"] for i in chosen], counts)
+            scores[i] = RowScore(domains[i], row_nll, int((row_labels[1:] != IGNORED).sum()))
+        _count_experts(model, router_logits, mask, [domains[i] for i in chosen], counts)
         on_batch(start + len(chosen))
     return Scores([score for score in scores if score is not None], counts)
 

@@ -21,7 +21,9 @@ class Encoded:
     """Tokenized rows, and what became of those that did not fit."""
 
     rows: list[dict[str, list[int]]]
-    """`input_ids` and `labels` of each row; every assistant turn is labelled, all else is `IGNORED`."""
+    """`input_ids` and `labels` of each row; what is learnt is labelled, all else is `IGNORED`."""
+    split: int
+    """Conversations that became a row for each assistant turn, as the chat template rewrites earlier turns."""
     cut: int
     """Rows cut to the maximal length."""
     dropped: int
@@ -70,41 +72,55 @@ def encode_rows(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, 
         max_length: tokens of a row; what lies behind is cut off.
 
     Raises:
-        ValueError: when the tokenizer has no chat template, or one that rewrites earlier turns.
+        ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
     """
-    encoded = Encoded([], 0, 0)
+    encoded = Encoded([], 0, 0, 0)
     for row in rows:
-        input_ids, labels = encode_messages(row["messages"], tokenizer)
-        encoded.cut += len(input_ids) > max_length
-        input_ids, labels = input_ids[:max_length], labels[:max_length]
-        if all(label == IGNORED for label in labels[1:]):
-            encoded.dropped += 1
-        else:
-            encoded.rows.append({"input_ids": input_ids, "labels": labels})
+        pairs = encode_messages(row["messages"], tokenizer)
+        encoded.split += len(pairs) > 1
+        for input_ids, labels in pairs:
+            encoded.cut += len(input_ids) > max_length
+            if all(label == IGNORED for label in labels[1:max_length]):
+                encoded.dropped += 1
+            else:
+                encoded.rows.append({"input_ids": input_ids[:max_length], "labels": labels[:max_length]})
     return encoded
 
 
-def encode_messages(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def encode_messages(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
     """Tokens of one conversation and their labels.
 
     The conversation is rendered up to and with each assistant turn; what that turn adds is what is learnt, its
-    end-of-turn token included. Works with any template that only appends.
+    end-of-turn token included. A template that only appends gives one row with all turns. Others, as Qwen3's, render
+    a turn otherwise once later ones follow; they give a row for each assistant turn, with the turns before it as the
+    model sees them when it answers.
 
     Returns:
-        (input_ids, labels), of equal length.
+        (input_ids, labels) of each row, of equal length.
+
+    Raises:
+        ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
     """
-    text = render(messages, tokenizer)
-    spans = []
+    whole = render(messages, tokenizer)
+    answers = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = render(messages[:index], tokenizer, add_generation_prompt=True)
-            end = render(messages[: index + 1], tokenizer)
-            if not (text.startswith(start) and text.startswith(end.rstrip())):
+            prompt = render(messages[:index], tokenizer, add_generation_prompt=True)
+            text = render(messages[: index + 1], tokenizer)
+            if not text.startswith(prompt):
                 raise ValueError(
-                    "the tokenizer's chat template rewrites earlier turns when later ones follow, so the assistant's "
-                    "turns cannot be told apart: use a template that only appends"
+                    "the tokenizer's chat template renders a prompt otherwise once its answer follows, so what is to "
+                    "be learnt cannot be told apart: use a template that starts an answer with its generation prompt"
                 )
-            spans.append((len(start), len(end.rstrip())))
+            answers.append((text, (len(prompt), len(text.rstrip()))))
+    if all(whole.startswith(text.rstrip()) for text, _ in answers):
+        return [_label(whole, [span for _, span in answers], tokenizer)]
+    return [_label(text, [span], tokenizer) for text, span in answers]
+
+
+def _label(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
         token if any(start <= first < end for start, end in spans) else IGNORED

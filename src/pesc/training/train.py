@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -26,15 +27,15 @@ from pesc.training.progress import METRICS, MetricsWriter
 from pesc.training.recipe import Recipe
 from pesc.training.trainer import PescTrainer
 
-RECIPE, SUMMARY = "recipe.yaml", "summary.json"
+RECIPE, SUMMARY, DATA_DIGEST = "recipe.yaml", "summary.json", "train_data.sha256"
 CHECKPOINTS = "checkpoints"
 
 
 def train(recipe: Recipe, console: Console | None = None, label: str = "train") -> Path:
     """Run a recipe, or the rest of it if it was interrupted.
 
-    The run's folder gets recipe.yaml, metrics.jsonl, checkpoints/ while it runs, and summary.json and adapter/ at
-    its end.
+    The run's folder gets recipe.yaml, train_data.sha256, metrics.jsonl, checkpoints/ while it runs, and summary.json
+    and adapter/ at its end.
 
     Args:
         recipe: the run.
@@ -46,11 +47,12 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
 
     Raises:
         FileNotFoundError, ValueError: for a model or data that is not there or not whole, and for an output folder
-            that holds a run of another recipe.
+            that holds a run of another recipe or other data.
     """
     console = console or Console()
     adapter = recipe.output / "adapter"
     _refuse_another_recipe(recipe)
+    _refuse_other_data(recipe)
     if adapter.exists():
         console.print(f"{recipe.output} holds this run, complete: nothing to do")
         return adapter
@@ -61,6 +63,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         model = build_model(recipe)
     recipe.output.mkdir(parents=True, exist_ok=True)
     recipe.save(recipe.output / RECIPE)
+    (recipe.output / DATA_DIGEST).write_text(_digest(recipe.train_data) + "\n")
     writer = MetricsWriter(recipe.output / METRICS, console, label)
     with quiet_libraries():
         trainer = _build_trainer(recipe, model, tokenizer, rows, writer)
@@ -147,10 +150,15 @@ def last_checkpoint(output: Path) -> str | None:
 def _encoded_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[dict[str, list[int]]]:
     rows = read_rows(recipe.train_data)
     encoded = encode_rows(rows, tokenizer, recipe.max_length)
+    if encoded.split:
+        console.print(
+            f"{encoded.split} of {len(rows)} conversations became a row for each answer, since the chat template "
+            "rewrites earlier turns"
+        )
     if encoded.cut or encoded.dropped:
         console.print(
-            f"{encoded.cut} of {len(rows)} rows were cut to {recipe.max_length} tokens; {encoded.dropped} dropped, "
-            "which had nothing to learn within that length"
+            f"{encoded.cut} of {len(encoded.rows) + encoded.dropped} rows were cut to {recipe.max_length} tokens; "
+            f"{encoded.dropped} dropped, which had nothing to learn within that length"
         )
     if not encoded.rows:
         raise ValueError(f"{recipe.train_data} has no row with anything to learn within {recipe.max_length} tokens")
@@ -177,6 +185,21 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
                 f"{recipe.output} holds a run of another recipe ({'; '.join(changed)}): choose another output, or "
                 "remove that folder"
             )
+
+
+def _refuse_other_data(recipe: Recipe) -> None:
+    path = recipe.output / DATA_DIGEST
+    # A run that is complete does not need its data.
+    if path.is_file() and recipe.train_data.is_file() and path.read_text().strip() != _digest(recipe.train_data):
+        raise ValueError(
+            f"{recipe.train_data} has changed since the run in {recipe.output} began: choose another output, or remove "
+            "that folder"
+        )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _arguments(recipe: Recipe) -> SFTConfig:
