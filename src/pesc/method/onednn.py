@@ -20,11 +20,11 @@ class _Off:
     def __enter__(self) -> None:
         self.was_on = torch.backends.mkldnn.enabled
         if self.was_on:
-            torch.backends.mkldnn.enabled = False
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
 
     def __exit__(self, *_: Any) -> None:
         if self.was_on:
-            torch.backends.mkldnn.enabled = True
+            torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
 
 
 def without_onednn(x_TD: torch.Tensor, *, up_to: int) -> AbstractContextManager[None]:
