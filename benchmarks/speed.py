@@ -52,6 +52,16 @@ def _config(shape: str, dtype: Any, rounds: int) -> BenchConfig:
     return BenchConfig(method=method, dtype=dtype, rounds=rounds)
 
 
+def _title(name: str) -> str:
+    """What a run measured, from its name; `upcycling` runs are the only ones with that form."""
+    shape, _, dtype = name.removeprefix("upcycling-").rpartition("-")
+    subject, shape = ("One layer of Llama-2-7B", "a512") if shape == "7b-layer" else ("SmolLM2", shape)
+    experts, chosen, dim = SHAPES[shape]
+    short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    more = ", with sparse upcycling" if name.startswith("upcycling") else ""
+    return f"{subject}, {short}, E {experts}, K {chosen}, A {dim}{more}"
+
+
 def tables(day: str) -> Iterator[str]:
     """A Markdown table for each shape and dtype: a column for every kind of work, a row for every form."""
     merged: dict[str, dict[str, dict[str, Row]]] = {}
@@ -71,20 +81,24 @@ def tables(day: str) -> Iterator[str]:
     for name, found in merged.items():
         works = {work: found[work] for work in order if work in found}
         forms = list(next(iter(works.values())))
-        yield f"\n**{name}**\n\n| form | {' | '.join(works)} | peak GB, train | less own |"
+        yield f"\n**{_title(name)}**\n\n| form | {' | '.join(works)} | peak GB, train | less own |"
         yield "|---" * (len(works) + 3) + "|"
         for form in forms:
             cells = [_cell(rows[form]) if form in rows else "" for rows in works.values()]
             row, dense = works["train"][form], works["train"][DENSE]
             lean = "" if form == UPCYCLED else f"{row.less_own(dense):.3f}"
             yield f"| {form} | {' | '.join(cells)} | {row.peak_memory / 1e9:.2f} | {lean} |"
-        bounds = [f"{rows['auto'].bound:.2f}" for rows in works.values()]
-        yield f"| *multiplications* | {' | '.join(bounds)} | | |"
-        reads = [rows["auto"].bytes_bound for rows in works.values()]
-        yield f"| *weights read* | {' | '.join('' if r is None else f'{r:.2f}' for r in reads)} | | |"
+        for form, of in (("auto", ""), (UPCYCLED, f", {UPCYCLED}")):
+            if form in forms:
+                bounds = [f"{rows[form].bound:.2f}" for rows in works.values()]
+                yield f"| *multiplications{of}* | {' | '.join(bounds)} | | |"
+                reads = [rows[form].bytes_bound for rows in works.values()]
+                yield f"| *weights read{of}* | {' | '.join('' if r is None else f'{r:.2f}' for r in reads)} | | |"
 
 
 def _cell(row: Row) -> str:
+    if row.ratio == row.ratio_low == row.ratio_high:  # dense itself
+        return f"{row.ratio:.2f}"
     return f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
 
 
