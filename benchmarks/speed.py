@@ -16,40 +16,42 @@ from typing import Any
 
 from rich.console import Console
 
-from pesc.bench.config import BenchConfig
+from pesc.bench.config import BenchConfig, Work
 from pesc.bench.run import Row, run_bench
 from pesc.bench.subjects import DENSE, UPCYCLED
 from pesc.config import PescConfig
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES: tuple[Any, ...] = ("bfloat16", "float32")
+INFERENCE: list[Work] = ["prefill", "decode"]
 SHAPES = {"a64": (8, 2, 64), "a512": (8, 2, 512), "e16-a64": (16, 4, 64), "e16-a512": (16, 4, 512)}
 
 
 def runs() -> Iterator[tuple[str, BenchConfig]]:
-    """(name, what is measured), the most wanted first."""
-    dtypes = ("bfloat16", "float32")
-    for dtype in dtypes:
-        yield f"a64-{dtype}", _config("a64", dtype, rounds=4)
-    layer = _config("a512", "bfloat16", rounds=4)
-    yield "7b-layer-bfloat16", replace(layer, model="llama-2-7b-layer", work=["train", "layers", "prefill", "decode"])
-    for dtype in dtypes:
+    """(name, what is measured), the most wanted first. What trains runs apart: it needs most memory."""
+    for dtype in DTYPES:
+        yield f"a64-{dtype}-train", _config("a64", dtype, rounds=4)
+        yield f"a64-{dtype}", replace(_config("a64", dtype, rounds=4), work=INFERENCE)
+    layer = replace(_config("a512", "bfloat16", rounds=4), model="llama-2-7b-layer")
+    yield "7b-layer-bfloat16", replace(layer, work=["train", "layers", *INFERENCE])
+    for dtype in DTYPES:
         more = _config("a64", dtype, rounds=2)
         yield f"a64-{dtype}-more", replace(more, work=["layers", "decode"], decode_batch=[8, 32])
-    for dtype in dtypes:
-        for shape in ("a512", "e16-a64"):
-            yield f"{shape}-{dtype}", _config(shape, dtype, rounds=2)
-    for dtype in dtypes:
-        yield f"a64-{dtype}-checkpointed", replace(_config("a64", dtype, rounds=2), work=["train_checkpointed"])
-    for dtype in dtypes:
-        yield f"upcycling-a64-{dtype}", replace(_config("a64", dtype, rounds=2), upcycle=True)
-    for dtype in dtypes:
-        yield f"e16-a512-{dtype}", _config("e16-a512", dtype, rounds=2)
+        yield f"a64-{dtype}-checkpointed", replace(more, work=["train_checkpointed"])
+    for shape in ("a512", "e16-a64", "e16-a512"):
+        for dtype in DTYPES:
+            yield f"{shape}-{dtype}-train", _config(shape, dtype, rounds=2)
+            yield f"{shape}-{dtype}", replace(_config(shape, dtype, rounds=2), work=INFERENCE)
+    for dtype in DTYPES:
+        upcycling = replace(_config("a64", dtype, rounds=2), upcycle=True)
+        yield f"upcycling-a64-{dtype}-train", upcycling
+        yield f"upcycling-a64-{dtype}", replace(upcycling, work=INFERENCE)
 
 
 def _config(shape: str, dtype: Any, rounds: int) -> BenchConfig:
     experts, chosen, dim = SHAPES[shape]
     method = PescConfig(num_experts=experts, num_experts_per_tok=chosen, adapter_dim=dim)
-    return BenchConfig(method=method, dtype=dtype, rounds=rounds)
+    return BenchConfig(method=method, dtype=dtype, rounds=rounds, work=["train"])
 
 
 def _title(name: str) -> str:
@@ -66,7 +68,9 @@ def tables(day: str) -> Iterator[str]:
     """A Markdown table for each shape and dtype: a column for every kind of work, a row for every form."""
     merged: dict[str, dict[str, dict[str, Row]]] = {}
     for path in sorted(RESULTS.glob(f"{day}-speed-*.json")):
-        name = path.stem.removeprefix(f"{day}-speed-").removesuffix("-more").removesuffix("-checkpointed")
+        name = path.stem.removeprefix(f"{day}-speed-")
+        for part in ("-more", "-checkpointed", "-train"):
+            name = name.removesuffix(part)
         for work, rows in json.loads(path.read_text())["work"].items():
             merged.setdefault(name, {})[work] = {form: Row(**row) for form, row in rows.items()}
     order = (

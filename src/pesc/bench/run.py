@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pesc.allocator import keep_freed_memory
+from pesc.allocator import keep_freed_memory, release_freed_memory
 from pesc.bench.config import BenchConfig, Work
 from pesc.bench.memory import peak_memory
 from pesc.bench.steps import make_steps
@@ -93,6 +93,7 @@ def run_bench(config: BenchConfig, console: Console, output: Path | None = None)
             output.write_text(json.dumps(results, indent=1) + "\n")
         del subject
         gc.collect()
+        release_freed_memory()  # in pieces that the next, other shapes would not fit
     return results
 
 
