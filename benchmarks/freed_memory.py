@@ -1,14 +1,13 @@
-"""What a training step costs with glibc's allocator as it is, with freed memory kept, and with huge pages.
+"""What a training step costs with glibc's allocator as it is, and as `pesc train` sets it.
 
 A process for each, in turns: SmolLM2, dense + LoRA, 2 x 512 tokens, on a CPU.
-Run: python benchmarks/freed_memory.py; some eight minutes on two cores.
+Run: python benchmarks/freed_memory.py; some four minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -24,13 +23,7 @@ from pesc.bench.subjects import DENSE, build_subject, load_base
 
 TURNS, WARM_UPS, STEPS = 2, 2, 5
 KEEP = "--keep"
-HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch reads it at its first large allocation
-SETTINGS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "default": ([], {}),
-    "huge pages": ([], HUGE_PAGES),
-    "freed memory kept": ([KEEP], {}),
-    "kept, huge pages": ([KEEP], HUGE_PAGES),
-}
+SETTINGS: dict[str, list[str]] = {"default": [], "freed memory kept": [KEEP]}
 
 
 def measure_here(dtype: str, *, keep: bool) -> dict[str, list[float]]:
@@ -50,9 +43,8 @@ def measure_here(dtype: str, *, keep: bool) -> dict[str, list[float]]:
 
 def measure_apart(dtype: str, setting: str) -> dict[str, list[float]]:
     """`measure_here` in a new process."""
-    flags, variables = SETTINGS[setting]
-    command = [sys.executable, __file__, "--here", dtype, *flags]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | variables)
+    command = [sys.executable, __file__, "--here", dtype, *SETTINGS[setting]]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
