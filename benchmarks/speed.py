@@ -89,15 +89,19 @@ def tables(day: str) -> Iterator[str]:
         yield "|---" * (len(works) + 3) + "|"
         for form in forms:
             cells = [_cell(rows[form]) if form in rows else "" for rows in works.values()]
-            row, dense = works["train"][form], works["train"][DENSE]
-            lean = "" if form == UPCYCLED else f"{row.less_own(dense):.3f}"
-            yield f"| {form} | {' | '.join(cells)} | {row.peak_memory / 1e9:.2f} | {lean} |"
+            memory = _memory(works["train"], form) if "train" in works else " | "
+            yield f"| {form} | {' | '.join(cells)} | {memory} |"
         for form, of in (("auto", ""), (UPCYCLED, f", {UPCYCLED}")):
             if form in forms:
                 bounds = [f"{rows[form].bound:.2f}" for rows in works.values()]
                 yield f"| *multiplications{of}* | {' | '.join(bounds)} | | |"
                 reads = [rows[form].bytes_bound for rows in works.values()]
                 yield f"| *weights read{of}* | {' | '.join('' if r is None else f'{r:.2f}' for r in reads)} | | |"
+
+
+def _memory(rows: dict[str, Row], form: str) -> str:
+    lean = "" if form == UPCYCLED else f"{rows[form].less_own(rows[DENSE]):.3f}"
+    return f"{rows[form].peak_memory / 1e9:.2f} | {lean}"
 
 
 def _cell(row: Row) -> str:
