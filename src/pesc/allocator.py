@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _NEVER = -1
 _MADV_HUGEPAGE = 14  # mman.h
 _HUGE_PAGE = 2 << 20
@@ -28,8 +28,6 @@ def keep_freed_memory() -> bool:
         return False
     if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)):
         return False
-    # What the backward pass's thread frees is then of use to the forward pass's, and the other way round.
-    libc.mallopt(_M_ARENA_MAX, 1)
     _ask_for_huge_pages(libc)
     return True
 
