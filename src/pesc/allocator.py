@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 
@@ -14,6 +15,7 @@ _MADV_HUGEPAGE = 14  # mman.h
 _HUGE_PAGE = 2 << 20
 
 
+@functools.cache  # once is enough, and each time would set more of the address space aside
 def keep_freed_memory() -> bool:
     """On a CPU, make glibc keep the memory of freed tensors for the next ones, in huge pages, for the whole process.
 
