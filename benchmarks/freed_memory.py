@@ -31,7 +31,7 @@ def measure_here(dtype: str, *, keep: bool) -> dict[str, list[float]]:
     if keep:
         keep_freed_memory()
     config = BenchConfig(dtype=dtype)  # type: ignore[arg-type]
-    subject = build_subject(load_base(config.model, getattr(torch, dtype)), config.method, lora=True, upcycle=False)
+    subject = build_subject(load_base(config.model, getattr(torch, dtype)), config.method, lora=True)
     step = make_steps(subject, "train", config.batch, config)[DENSE]
     seconds = []
     for _ in range(WARM_UPS + STEPS):

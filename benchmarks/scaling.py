@@ -75,7 +75,7 @@ def measure(point: Point) -> dict[str, Any]:
     )
     torch.manual_seed(0)
     method = PescConfig(num_experts=point.experts, num_experts_per_tok=point.chosen, adapter_dim=point.adapter_dim)
-    subject = build_subject(LlamaForCausalLM(config), method, lora=True, upcycle=False)
+    subject = build_subject(LlamaForCausalLM(config), method, lora=True)
     rows = max(1, point.tokens // 512)
     bench = BenchConfig(tokens=point.tokens // rows)
     steps = {form: step for form, step in make_steps(subject, "train", rows, bench).items() if form in (DENSE, "auto")}

@@ -33,3 +33,21 @@ def test_later_tensors_find_the_memory_of_earlier_ones() -> None:
         for mode in ("keep", "default")
     }
     assert 4 * faults["keep"] < faults["default"]
+
+
+SCARCE = """
+import psutil, torch, pesc.allocator as allocator
+assert allocator.keep_freed_memory()
+torch.ones(50 << 20)
+process = psutil.Process()
+for allocator._SCARCE in (0.0, 2.0):
+    assert allocator.release_where_scarce() == (allocator._SCARCE > 1)
+    print(process.memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_goes_back_only_where_memory_is_scarce() -> None:
+    output = subprocess.run([sys.executable, "-c", SCARCE], check=True, capture_output=True).stdout
+    kept, left = map(int, output.split())
+    assert kept - left > 180e6  # most of the tensor's 210 MB

@@ -7,12 +7,14 @@ import functools
 import os
 import sys
 
+import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _NEVER = -1
 _MADV_HUGEPAGE = 14  # mman.h
 _HUGE_PAGE = 2 << 20
+_SCARCE = 0.25  # of the machine's memory
 
 
 @functools.cache  # once is enough, and each time would set more of the address space aside
@@ -39,6 +41,21 @@ def release_freed_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def release_where_scarce() -> bool:
+    """`release_freed_memory` if less than a quarter of the machine's memory is available: for between steps.
+
+    Steps whose tensors have ever new sizes leave ever more pieces that fit none of the next.
+
+    Returns:
+        Whether memory was given back.
+    """
+    memory = psutil.virtual_memory()
+    scarce = memory.available < _SCARCE * memory.total
+    if scarce:
+        release_freed_memory()
+    return scarce
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:

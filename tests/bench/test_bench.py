@@ -26,9 +26,7 @@ IDS = torch.arange(3, 25).view(2, 11)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_form_of_the_crafted_model_computes_the_same(tmp_path: Path, backend: str) -> None:
-    subject = build_subject(
-        load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=False, upcycle=False
-    )
+    subject = build_subject(load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=False)
     use_backend(subject.crafted, "eager")
     oracle = subject.crafted(IDS).logits
     assert not torch.allclose(oracle, subject.dense(IDS).logits, atol=1e-3)
@@ -38,19 +36,22 @@ def test_every_form_of_the_crafted_model_computes_the_same(tmp_path: Path, backe
 
 def test_costs_against_a_count_by_hand(tmp_path: Path) -> None:
     subject = build_subject(
-        load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=False, upcycle=True
+        load_base(str(tiny_dense(tmp_path / "dense")), torch.float32),
+        METHOD,
+        lora=False,
+        forms=["auto", "sparse_upcycling"],
     )
     ffn, attention, router, expert = 3 * 32 * 48, 32 * 32 * 2 + 32 * 16 * 2, 4 * 32, 2 * 32 * 8
     dense = 2 * (ffn + attention) + 32 * 264
     found = costs(subject, "prefill")
     assert found["dense"] == Cost(dense, 0)
     assert found["auto"] == Cost(dense, 2 * (2 * expert + router))
-    assert found["sparse upcycling"] == Cost(dense - 2 * ffn, 2 * (2 * ffn + router))
+    assert found["sparse_upcycling"] == Cost(dense - 2 * ffn, 2 * (2 * ffn + router))
     assert costs(subject, "layers")["auto"] == Cost(2 * ffn, 2 * (2 * expert + router))
     assert subject.upcycled.config.num_local_experts == 4
     assert weights_read(subject, "auto", 1) == pytest.approx(1 + 2 * (2 * expert + router) / dense)
     assert weights_read(subject, "auto", 1000) == pytest.approx(1 + 2 * (4 * expert + router) / dense)
-    assert weights_read(subject, "sparse upcycling", 1000) == pytest.approx((dense + 3 * 2 * ffn) / dense)
+    assert weights_read(subject, "sparse_upcycling", 1000) == pytest.approx((dense + 3 * 2 * ffn) / dense)
 
 
 def test_a_backward_pass_costs_a_product_for_the_input_and_one_for_each_trained_weight() -> None:
@@ -87,14 +88,14 @@ def test_a_run_writes_every_row_of_every_work(tmp_path: Path) -> None:
         decode_batch=[1, 3],
         decode_tokens=2,
         rounds=2,
-        upcycle=True,
+        forms=[*BACKENDS, "sparse_upcycling"],
     )
     console = Console(file=io.StringIO(), width=160)
     run_bench(config, console, tmp_path / "out" / "bench.json")
     results = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert list(results["work"]) == [*config.work[:4], "decode, batch 1", "decode, batch 3"]
     for name, rows in results["work"].items():
-        assert set(rows) == {"dense", *BACKENDS} | (set() if name == "layers" else {"sparse upcycling"})
+        assert set(rows) == {"dense", *BACKENDS} | (set() if name == "layers" else {"sparse_upcycling"})
         assert rows["dense"]["ratio"] == rows["dense"]["bound"] == 1.0
         assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows.values())
         assert all(row["bound"] > 1 and row["own_memory"] > 0 for form, row in rows.items() if form in BACKENDS)
@@ -103,9 +104,7 @@ def test_a_run_writes_every_row_of_every_work(tmp_path: Path) -> None:
 
 
 def test_trained_experts_hold_weights_gradients_and_two_moments(tmp_path: Path) -> None:
-    subject = build_subject(
-        load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=True, upcycle=False
-    )
+    subject = build_subject(load_base(str(tiny_dense(tmp_path / "dense")), torch.float32), METHOD, lora=True)
     step = make_steps(subject, "train", 2, BenchConfig(tokens=4))["auto"]
     step.run()
     assert step.own_memory() == 4 * 4 * sum(p.numel() for p in expert_parameters(subject.crafted).values())
@@ -116,8 +115,16 @@ def test_no_number_below_one() -> None:
         BenchConfig(decode_batch=[1, 0])
 
 
+def test_only_the_forms_asked_for_are_timed(tmp_path: Path) -> None:
+    model = str(tiny_dense(tmp_path / "dense"))
+    config = BenchConfig(model=model, method=METHOD, work=["prefill"], tokens=4, rounds=1, forms=["wide_mm"])
+    assert set(run_bench(config, Console(quiet=True))["work"]["prefill"]) == {"dense", "wide_mm"}
+    with pytest.raises(ValueError, match="forms is empty: name some of auto, "):
+        BenchConfig(forms=[])
+
+
 def test_upcycling_refuses_what_mixtral_cannot_hold(tmp_path: Path) -> None:
     base = load_base(str(tiny_dense(tmp_path / "dense")), torch.float32)
     method = PescConfig(num_experts=[4, 2], num_experts_per_tok=2, adapter_dim=8)
     with pytest.raises(ValueError, match=r"num_experts \[4, 2\]: leave it out"):
-        build_subject(base, method, lora=False, upcycle=True)
+        build_subject(base, method, lora=False, forms=["sparse_upcycling"])

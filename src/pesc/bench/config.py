@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from pesc.config import PescConfig
 
+Backend = Literal["auto", "sorted_mm", "grouped_mm", "wide_mm", "masks_and_copies", "all_experts"]
+Form = Literal[Backend, "sparse_upcycling"]
 Work = Literal["train", "train_checkpointed", "layers", "prefill", "decode"]
 
 
@@ -33,12 +35,15 @@ class BenchConfig:
     """Tokens generated."""
     rounds: int = 5
     """Timed rounds; each runs every form once."""
-    upcycle: bool = False
-    """Time the Mixtral form with a copy of the FFN for each expert too; needs its memory."""
+    forms: list[Form] = field(default_factory=lambda: list(get_args(Backend)))
+    """What is timed beside dense: the experts by backend, masks_and_copies (the published reference) and all_experts
+    (Sparsetral's fork); sparse_upcycling, a Mixtral form with a copy of the FFN for each expert, needs its memory."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers below 1."""
+        """Raise ValueError for numbers below 1, and for no forms."""
         numbers = {"batch": self.batch, "tokens": self.tokens, "decode_tokens": self.decode_tokens}
         numbers |= {"rounds": self.rounds} | {f"decode_batch[{i}]": rows for i, rows in enumerate(self.decode_batch)}
         if problems := [f"{name} ({number}) must be at least 1" for name, number in numbers.items() if number < 1]:
             raise ValueError("; ".join(problems))
+        if not self.forms:
+            raise ValueError(f"forms is empty: name some of {', '.join(get_args(Form))}")

@@ -23,10 +23,10 @@ def peak_memory(step: Callable[[], object], resident: Iterable[torch.Tensor]) ->
     return sum(held.values()) + (_cuda_growth(step) if torch.cuda.is_available() else _cpu_growth(step))
 
 
-def cpu_profiler(*, profile_memory: bool = False) -> profile:
+def cpu_profiler(*, profile_memory: bool = False, record_shapes: bool = False) -> profile:
     """torch's profiler of what runs on the CPU, without the notices that it writes to stderr."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    return profile(activities=[ProfilerActivity.CPU], profile_memory=profile_memory)
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=profile_memory, record_shapes=record_shapes)
 
 
 def _cuda_growth(step: Callable[[], object]) -> int:

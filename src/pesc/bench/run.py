@@ -83,7 +83,7 @@ def run_bench(config: BenchConfig, console: Console, output: Path | None = None)
                 load_base(config.model, getattr(torch, config.dtype)),
                 config.method,
                 lora=work.startswith("train"),
-                upcycle=config.upcycle and work != "layers",
+                forms=[form for form in config.forms if form != UPCYCLED or work != "layers"],
             )
             table = _measure(subject, work, rows, config, console, name)
         results["work"][name] = {form: asdict(row) for form, row in table.items()}

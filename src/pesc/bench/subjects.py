@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig
@@ -13,15 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.pytorch_utils import Conv1D
 
 from pesc.bench import references
-from pesc.bench.config import Work
+from pesc.bench.config import Backend, Form, Work
 from pesc.config import PescConfig
 from pesc.crafting.adapter import add_lora, lora_parameters
 from pesc.crafting.craft import craft
 from pesc.crafting.dense import load_model
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
-DENSE, UPCYCLED = "dense", "sparse upcycling"
-BACKENDS = ("auto", "sorted_mm", "grouped_mm", "wide_mm", references.MASKS, references.ALL)
+DENSE, UPCYCLED = "dense", "sparse_upcycling"
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 _LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -32,12 +33,13 @@ class Subject:
     dense: Any
     crafted: Any
     method: PescConfig
+    backends: tuple[str, ...] = BACKENDS
     upcycled: Any = None
 
     def forms(self) -> dict[str, tuple[Any, str | None]]:
         """(model, backend) of every row by name."""
         rows: dict[str, tuple[Any, str | None]] = {DENSE: (self.dense, None)}
-        rows |= {backend: (self.crafted, backend) for backend in BACKENDS}
+        rows |= {backend: (self.crafted, backend) for backend in self.backends}
         if self.upcycled is not None:
             rows[UPCYCLED] = (self.upcycled, None)
         return rows
@@ -54,14 +56,14 @@ def load_base(model: str, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def build_subject(dense: Any, method: PescConfig, *, lora: bool, upcycle: bool) -> Subject:
+def build_subject(dense: Any, method: PescConfig, *, lora: bool, forms: Collection[Form] = BACKENDS) -> Subject:
     """A subject of random experts.
 
     Args:
         dense: a dense model, which becomes the subject's.
         method: the experts.
         lora: whether dense and crafted model carry LoRA, for training.
-        upcycle: whether to build the Mixtral form with E copies of the FFN.
+        forms: what to time beside dense.
 
     Raises:
         ValueError: for a model or method that the Mixtral form cannot hold.
@@ -72,7 +74,7 @@ def build_subject(dense: Any, method: PescConfig, *, lora: bool, upcycle: bool) 
         for name, parameter in expert_parameters(crafted).items():
             if name.endswith("down_proj"):
                 parameter.normal_(std=0.02)
-    upcycled = _upcycled(dense, method) if upcycle else None
+    upcycled = _upcycled(dense, method) if UPCYCLED in forms else None
     if lora:
         for tuned in (dense, crafted):
             add_lora(tuned, LoraConfig(**_LORA))
@@ -82,7 +84,7 @@ def build_subject(dense: Any, method: PescConfig, *, lora: bool, upcycle: bool) 
     for built in (dense, crafted, upcycled):
         if built is not None:
             built.to(device)
-    return Subject(dense, crafted, method, upcycled)
+    return Subject(dense, crafted, method, tuple(f for f in forms if f != UPCYCLED), upcycled)
 
 
 def use_backend(model: nn.Module, backend: str | None) -> None:
@@ -122,7 +124,7 @@ def costs(subject: Subject, work: Work) -> dict[str, Cost]:
     router = sum(ffn.router.weight.numel() for _, ffn in ffns)
     active = router + sum(round(_bank_size(ffn) * _chosen(ffn)) for _, ffn in ffns)
     found = {DENSE: Cost(dense, _lora_size(subject.dense))}
-    found |= dict.fromkeys(BACKENDS, Cost(dense, _lora_size(subject.crafted) + active))
+    found |= dict.fromkeys(subject.backends, Cost(dense, _lora_size(subject.crafted) + active))
     if subject.upcycled is not None:
         config = subject.upcycled.config
         found[UPCYCLED] = Cost(
@@ -169,7 +171,7 @@ def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
     c = dense.config
     if c.model_type != "llama" or not isinstance(method.num_experts, int):
         raise ValueError(
-            f"upcycle needs a llama model with one num_experts for all layers, not {c.model_type} with "
+            f"{UPCYCLED} needs a llama model with one num_experts for all layers, not {c.model_type} with "
             f"num_experts {method.num_experts}: leave it out"
         )
     config = MixtralConfig(

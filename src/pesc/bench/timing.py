@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pesc.allocator import release_where_scarce
+
 WARM_UPS = 2
 
 
@@ -51,6 +53,7 @@ def interleave(
             _synchronize()
             if turn >= WARM_UPS:
                 seconds[name].append(time.perf_counter() - start)
+            release_where_scarce()
         on_round(turn)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 

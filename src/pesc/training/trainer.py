@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, TrainerState
 from trl import SFTTrainer
 
+from pesc.allocator import release_where_scarce
 from pesc.crafting.adapter import load_adapter_weights, save_adapter
 from pesc.crafting.surgery import crafted_ffns
 from pesc.method.losses import token_mask
@@ -36,6 +37,12 @@ class PescTrainer(SFTTrainer):
         """Whether a checkpoint is that of the last step."""
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         return state.global_step >= state.max_steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The trainer's, after which memory that is kept may not crowd out the machine."""
+        loss = super().training_step(*args, **kwargs)
+        release_where_scarce()
+        return loss
 
     def compute_loss(
         self,
