@@ -7,7 +7,10 @@ Shapes are those of speed.py; --products tells matrix products of different size
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+import resource
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,24 +21,42 @@ from pesc.bench.memory import cpu_profiler
 from pesc.bench.steps import Step, make_steps
 from pesc.bench.subjects import BACKENDS, DENSE, build_subject, load_base
 
-STEPS = 4
+WARM_UPS, STEPS = 4, 7
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
-def operator_times(step: Step, products: bool) -> tuple[Counter[str], Counter[str]]:
-    """(milliseconds, calls) of a step by operation, without what it calls itself."""
-    for _ in range(3):
-        step.run()
-    with cpu_profiler(record_shapes=products) as profiler:
-        for _ in range(STEPS):
+@dataclass
+class Profile:
+    """A form's steps by operation, each without what it calls itself."""
+
+    milliseconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[str, int] = field(default_factory=dict)
+    page_faults: list[int] = field(default_factory=list)
+
+    def add(self, step: Step, products: bool) -> None:
+        """Profile one step more."""
+        faults = _page_faults()
+        with cpu_profiler(record_shapes=products) as profiler:
             step.run()
-    times: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    for event in profiler.key_averages(group_by_input_shape=products):
-        name = f"{event.key} {_sizes(event)}" if products and event.key in PRODUCTS else event.key
-        times[name] += event.self_cpu_time_total / 1e3 / STEPS
-        calls[name] += event.count
-    return times, Counter({name: count // STEPS for name, count in calls.items()})
+        self.page_faults.append(_page_faults() - faults)
+        times: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
+        for event in profiler.key_averages(group_by_input_shape=products):
+            name = f"{event.key} {_sizes(event)}" if products and event.key in PRODUCTS else event.key
+            times[name] += event.self_cpu_time_total / 1e3
+            calls[name] += event.count
+        for name, spent in times.items():
+            self.milliseconds[name].append(spent)
+        self.calls |= calls
+
+    def median(self) -> Counter[str]:
+        """Milliseconds of a step by operation; steps without it count as 0."""
+        steps = len(self.page_faults)
+        return Counter({n: median(t + [0.0] * (steps - len(t))) for n, t in self.milliseconds.items()})
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _sizes(event: Any) -> str:
@@ -57,10 +78,19 @@ def main() -> None:
     subject = build_subject(base, config.method, lora=arguments.work == "train", forms=[arguments.backend])
     rows = 1 if arguments.work == "decode" else config.batch
     steps = make_steps(subject, arguments.work, rows, config)
-    dense, _ = operator_times(steps[DENSE], arguments.products)
-    crafted, calls = operator_times(steps[arguments.backend], arguments.products)
+    profiles = {form: Profile() for form in (DENSE, arguments.backend)}
+    for turn in range(WARM_UPS + STEPS):  # in turns, so that both find the heap alike
+        for form, profile in profiles.items():
+            if turn < WARM_UPS:
+                steps[form].run()
+            else:
+                profile.add(steps[form], arguments.products)
+    dense, crafted = (profile.median() for profile in profiles.values())
     total = sum(dense.values())
-    print(f"dense {total:.0f} ms, {arguments.backend} {sum(crafted.values()):.0f} ms")
+    for form, profile in profiles.items():
+        faults = median(profile.page_faults)
+        print(f"{form}: {sum(profile.median().values()):.0f} ms, {faults:.0f} page faults")
+    calls = profiles[arguments.backend].calls
     print("| operation | calls | added ms | of dense |\n|---|---|---|---|")
     added = Counter({name: crafted[name] - dense[name] for name in crafted})
     for name, milliseconds in added.most_common(14):

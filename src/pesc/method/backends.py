@@ -161,13 +161,13 @@ class _SortedExperts(torch.autograd.Function):
         for expert, rows in ctx.segments:
             torch.mm(grad_SD[rows], second_EDA[expert], out=grad_inner_SA[rows])
         grad_weight_TK = (grad_inner_SA * inner_SA).sum(dim=1)[slot_TK]
-        grad_second_EDA = torch.zeros_like(second_EDA) if second_trained else None
+        grad_second_EDA = _empty_gradient(second_EDA, ctx.segments) if second_trained else None
         if grad_second_EDA is not None:
             inner_SA.mul_(weight_S.unsqueeze(1))
             for expert, rows in ctx.segments:
                 torch.mm(grad_SD[rows].t(), inner_SA[rows], out=grad_second_EDA[expert])
         grad_first_SW = _activate_backward(grad_inner_SA.mul_(weight_S.unsqueeze(1)), first_SW, ctx.gated)
-        grad_first_EWD = torch.zeros_like(first_EWD) if first_trained else None
+        grad_first_EWD = _empty_gradient(first_EWD, ctx.segments) if first_trained else None
         if grad_first_EWD is not None:
             x_SD = x_TD.index_select(0, token_S)
             for expert, rows in ctx.segments:
@@ -177,6 +177,14 @@ class _SortedExperts(torch.autograd.Function):
             torch.mm(grad_first_SW[rows], first_EWD[expert], out=grad_x_SD[rows])
         grad_x_TD = F.embedding_bag(slot_TK, grad_x_SD, mode="sum")
         return grad_x_TD, grad_first_EWD, grad_second_EDA, grad_weight_TK, None, None, None, None
+
+
+def _empty_gradient(bank: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """To be written for every chosen expert; zero for the others."""
+    gradient = torch.empty_like(bank)
+    for expert in set(range(len(bank))).difference(expert for expert, _ in segments):
+        gradient[expert].zero_()
+    return gradient
 
 
 def _segments(counts: list[int], *, rounded: bool) -> tuple[Segments, list[int]]:
