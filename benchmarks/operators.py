@@ -1,6 +1,6 @@
 """Which operations the time of the experts goes to: a profile of a crafted model less that of its dense one.
 
-Run: python benchmarks/operators.py train bfloat16 [--shape a64] [--backend auto] [--products]; one minute on two cores.
+Run: python benchmarks/operators.py train bfloat16 [--shape a64] [--backend auto] [--products]; two minutes on two cores.
 Shapes are those of speed.py; --products tells matrix products of different sizes apart.
 """
 
@@ -21,7 +21,7 @@ from pesc.bench.memory import cpu_profiler
 from pesc.bench.steps import Step, make_steps
 from pesc.bench.subjects import BACKENDS, DENSE, build_subject, load_base
 
-WARM_UPS, STEPS = 4, 7
+WARM_UPS, STEPS = 8, 7
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pesc.allocator import release_where_scarce
 
-WARM_UPS = 2
+WARM_UPS = 6
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time functions in turns, so that a drifting machine hits all alike.
 
-    Two turns before are not timed: the allocator still grows, and kernels are compiled. Each turn starts one later,
+    Some turns before are not timed: the allocator still grows, and kernels are compiled. Each turn starts one later,
     A B C, B C A, C A B, so that what one leaves behind does not always hit the same other.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
