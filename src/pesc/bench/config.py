@@ -37,7 +37,8 @@ class BenchConfig:
     """Timed rounds; each runs every form once."""
     forms: list[Form] = field(default_factory=lambda: list(get_args(Backend)))
     """What is timed beside dense: the experts by backend, masks_and_copies (the published reference) and all_experts
-    (Sparsetral's fork); sparse_upcycling, a Mixtral form with a copy of the FFN for each expert, needs its memory."""
+    (Sparsetral's fork); sparse_upcycling, a Mixtral form with a copy of the FFN for each expert, needs its memory
+    and is not in `layers`."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers below 1, and for no forms."""
