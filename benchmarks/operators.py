@@ -1,7 +1,7 @@
 """Which operations the time of the experts goes to: a profile of a crafted model less that of its dense one.
 
-Run: python benchmarks/operators.py train bfloat16 [--shape a64] [--backend auto] [--products]; two minutes on two cores.
-Shapes are those of speed.py; --products tells matrix products of different sizes apart.
+Run: python benchmarks/operators.py train bfloat16 [--shape a64] [--backend auto] [--products]; two minutes on two
+cores. Shapes are those of speed.py; --products tells matrix products of different sizes apart.
 """
 
 from __future__ import annotations
