@@ -1,6 +1,6 @@
 """The tables of docs/results.md on speed and memory: every form, kind of work and shape, through `pesc bench`.
 
-Writes one JSON file a run to benchmarks/results/ and leaves those that are there; some 60 minutes on two cores.
+Writes one JSON file a run to benchmarks/results/ and leaves those that are there; some 90 minutes on two cores.
 Run: python benchmarks/speed.py [--table] [--date 2026-11-24]; with --table it only prints the tables as Markdown.
 """
 
