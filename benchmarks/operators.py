@@ -49,7 +49,7 @@ class Profile:
             self.milliseconds[name].append(spent)
         self.calls |= calls
 
-    def median(self) -> Counter[str]:
+    def medians(self) -> Counter[str]:
         """Milliseconds of a step by operation; steps without it count as 0."""
         steps = len(self.page_faults)
         return Counter({n: median(t + [0.0] * (steps - len(t))) for n, t in self.milliseconds.items()})
@@ -85,11 +85,11 @@ def main() -> None:
                 steps[form].run()
             else:
                 profile.add(steps[form], arguments.products)
-    dense, crafted = (profile.median() for profile in profiles.values())
-    total = sum(dense.values())
+    medians = {form: profile.medians() for form, profile in profiles.items()}
     for form, profile in profiles.items():
-        faults = median(profile.page_faults)
-        print(f"{form}: {sum(profile.median().values()):.0f} ms, {faults:.0f} page faults")
+        print(f"{form}: {sum(medians[form].values()):.0f} ms, {median(profile.page_faults):.0f} page faults")
+    dense, crafted = medians[DENSE], medians[arguments.backend]
+    total = sum(dense.values())
     calls = profiles[arguments.backend].calls
     print("| operation | calls | added ms | of dense |\n|---|---|---|---|")
     added = Counter({name: crafted[name] - dense[name] for name in crafted})

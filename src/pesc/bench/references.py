@@ -11,8 +11,6 @@ import torch
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-MASKS, ALL = "masks_and_copies", "all_experts"
-
 
 def masks_and_copies(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
     """The published reference: K copies of every token, a boolean mask and a full-size result for each expert."""
@@ -39,5 +37,5 @@ def all_experts(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, wei
 
 def register() -> None:
     """Make the references known to transformers by name."""
-    ALL_EXPERTS_FUNCTIONS.register(MASKS, masks_and_copies)
-    ALL_EXPERTS_FUNCTIONS.register(ALL, all_experts)
+    for forward in (masks_and_copies, all_experts):
+        ALL_EXPERTS_FUNCTIONS.register(forward.__name__, forward)

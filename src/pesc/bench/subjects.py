@@ -33,7 +33,7 @@ class Subject:
     dense: Any
     crafted: Any
     method: PescConfig
-    backends: tuple[str, ...] = BACKENDS
+    backends: tuple[str, ...]
     upcycled: Any = None
 
     def forms(self) -> dict[str, tuple[Any, str | None]]:
