@@ -13,14 +13,14 @@ from pathlib import Path
 from rich.console import Console
 
 from pesc.config import PescConfig
-from pesc.crafting.adapter import fold, load
-from pesc.crafting.dense import load_tokenizer
-from pesc.crafting.parameters import count_parameters
+from pesc.crafting.cost import count_parameters
+from pesc.crafting.load import load, load_tokenizer
+from pesc.crafting.lora import fold
+from pesc.data.formats import read_rows
+from pesc.demo.demo import demo_recipe
 from pesc.demo.mixture import DOMAINS
-from pesc.demo.run import demo_recipe
 from pesc.evaluation.held_out import Scores, paired_difference, score_rows
-from pesc.quiet import quiet_libraries
-from pesc.training.data import read_rows
+from pesc.machine.quiet import quiet_libraries
 from pesc.training.recipe import LoraSettings, Recipe
 from pesc.training.train import train
 

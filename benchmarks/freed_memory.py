@@ -16,10 +16,10 @@ import time
 
 import torch
 
-from pesc.allocator import keep_freed_memory
 from pesc.bench.config import BenchConfig
 from pesc.bench.steps import make_steps
 from pesc.bench.subjects import DENSE, build_subject, load_base
+from pesc.machine.allocator import keep_freed_memory
 
 TURNS, WARM_UPS, STEPS = 2, 2, 5
 KEEP = "--keep"

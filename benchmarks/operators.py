@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from speed import SHAPES, bench_config
 
-from pesc.allocator import keep_freed_memory
-from pesc.bench.memory import cpu_profiler
+from pesc.bench.peak import cpu_profiler
 from pesc.bench.steps import Step, make_steps
 from pesc.bench.subjects import BACKENDS, DENSE, build_subject, load_base
+from pesc.machine.allocator import keep_freed_memory
 
 WARM_UPS, STEPS = 8, 7
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")

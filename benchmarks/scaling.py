@@ -21,14 +21,14 @@ import torch
 from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pesc.allocator import keep_freed_memory
 from pesc.bench.config import BenchConfig
-from pesc.bench.memory import peak_memory
-from pesc.bench.run import machine
+from pesc.bench.measure import machine
+from pesc.bench.peak import peak_memory
 from pesc.bench.steps import make_steps
 from pesc.bench.subjects import DENSE, build_subject, costs
 from pesc.bench.timing import interleave
 from pesc.config import PescConfig
+from pesc.machine.allocator import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parents[1] / "docs" / "scaling.svg"

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from pesc.bench.config import BenchConfig, Work
-from pesc.bench.run import Row, run_bench
+from pesc.bench.measure import Row, run_bench
 from pesc.bench.subjects import BACKENDS, DENSE, UPCYCLED
 from pesc.config import PescConfig
 

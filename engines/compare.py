@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pesc import fold, load, load_tokenizer
-from pesc.crafting.adapter import base_of
+from pesc.crafting.load import base_of
 from pesc.interop.exporter import FORMATS, export
 
 HERE = Path(__file__).parent

@@ -13,10 +13,11 @@ from pesc._registration import register_when_transformers_loads
 from pesc.config import PescConfig
 
 if TYPE_CHECKING:
-    from pesc.crafting.adapter import add_lora, fold, load, save_adapter
-    from pesc.crafting.checkpoint import craft_checkpoint
+    from pesc.crafting.adapter import save_adapter
     from pesc.crafting.craft import craft
-    from pesc.crafting.dense import load_tokenizer
+    from pesc.crafting.craft_checkpoint import craft_checkpoint
+    from pesc.crafting.load import load, load_tokenizer
+    from pesc.crafting.lora import add_lora, fold
     from pesc.training.recipe import Recipe
     from pesc.training.train import train
 
@@ -37,12 +38,12 @@ __all__ = [
 # Loaded when first used: torch and transformers take seconds.
 _HOMES = {
     "Recipe": "pesc.training.recipe",
-    "add_lora": "pesc.crafting.adapter",
+    "add_lora": "pesc.crafting.lora",
     "craft": "pesc.crafting.craft",
-    "craft_checkpoint": "pesc.crafting.checkpoint",
-    "fold": "pesc.crafting.adapter",
-    "load": "pesc.crafting.adapter",
-    "load_tokenizer": "pesc.crafting.dense",
+    "craft_checkpoint": "pesc.crafting.craft_checkpoint",
+    "fold": "pesc.crafting.lora",
+    "load": "pesc.crafting.load",
+    "load_tokenizer": "pesc.crafting.load",
     "save_adapter": "pesc.crafting.adapter",
     "train": "pesc.training.train",
 }

@@ -26,7 +26,7 @@ def register_when_transformers_loads() -> None:
 
 
 def _register() -> None:
-    from pesc.crafting.model_config import register
+    from pesc.crafting.configuration import register
 
     register()
 

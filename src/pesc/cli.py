@@ -40,7 +40,7 @@ def demo(*, output: Path = Path("runs/demo")) -> None:
     output
         Folder of the run.
     """
-    from pesc.demo.run import run_demo
+    from pesc.demo.demo import run_demo
 
     run_demo(output, _console())
 
@@ -65,7 +65,7 @@ def craft(
     out
         Folder to write; must not exist yet.
     """
-    from pesc.crafting.checkpoint import craft_checkpoint
+    from pesc.crafting.craft_checkpoint import craft_checkpoint
     from pesc.crafting.info import describe
     from pesc.crafting.show import show_info
 
@@ -154,7 +154,7 @@ def import_(checkpoint: str, out: Path) -> None:
     """
     from pesc.crafting.info import describe
     from pesc.crafting.show import show_info
-    from pesc.interop.importer import import_checkpoint
+    from pesc.interop.published.importer import import_checkpoint
 
     show_info(describe(import_checkpoint(checkpoint, out)), _console())
 
@@ -178,7 +178,7 @@ def export(model: str, out: Path, *, format: str = "pesc") -> None:
         parallel + swiglu experts, the layouts the paper's sequential + gelu.
     """
     from pesc.interop.exporter import export as write
-    from pesc.quiet import quiet_libraries
+    from pesc.machine.quiet import quiet_libraries
 
     with quiet_libraries():
         written = write(model, out, format)
@@ -198,8 +198,8 @@ def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json")] = Fa
     as_json
         Print JSON.
     """
-    from pesc.interop.show import show_report
-    from pesc.interop.verify import verify as check
+    from pesc.interop.verify.show import show_report
+    from pesc.interop.verify.verify import verify as check
 
     report = check(path)
     if as_json:
@@ -262,7 +262,7 @@ def bench(
     """
     from rich.console import Console
 
-    from pesc.bench.run import run_bench
+    from pesc.bench.measure import run_bench
 
     results = run_bench(config or BenchConfig(), Console(quiet=as_json), output)
     if as_json:

@@ -14,9 +14,9 @@ import pesc
 from checkpoints import tiny_dense
 from families import disturb
 from pesc import PescConfig, craft
-from pesc.crafting.adapter import adapter_tensors
-from pesc.crafting.dense import load_model
-from pesc.crafting.parameters import count_parameters
+from pesc.crafting.cost import count_parameters
+from pesc.crafting.load import load_model
+from pesc.crafting.lora import adapter_tensors
 from pesc.crafting.surgery import expert_parameters
 
 IDS = torch.arange(3, 14).unsqueeze(0)

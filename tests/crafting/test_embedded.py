@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pesc.crafting import embedded
-from pesc.crafting.embedded import EMBEDDED, cache_folder, embedded_folder
+from pesc.crafting.embedded import EMBEDDED, embedded_folder
+from pesc.storage.hub import cache_folder
 
 TEXTS = [
     "In 1984, 3.14159 + 2,718 = ?",

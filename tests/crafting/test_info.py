@@ -14,9 +14,9 @@ import pesc
 from checkpoints import tiny_dense
 from families import disturb
 from pesc import PescConfig, craft, craft_checkpoint
-from pesc.crafting.dense import load_model
+from pesc.crafting.cost import count_parameters
 from pesc.crafting.info import describe
-from pesc.crafting.parameters import count_parameters
+from pesc.crafting.load import load_model
 from pesc.crafting.surgery import crafted_ffns
 
 CONFIG = PescConfig(num_experts=4, num_experts_per_tok=1, adapter_dim=8, layers=[1])

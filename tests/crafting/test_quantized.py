@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from checkpoints import tiny_dense
 from families import disturb
 from pesc import PescConfig, craft
-from pesc.crafting.dense import load_model
+from pesc.crafting.load import load_model
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pesc.crafting.embedded import cache_folder
 from pesc.demo.chat_rows import draw_chat_rows, find_sdist
+from pesc.storage.hub import cache_folder
 
 needs_sdist = pytest.mark.skipif(
     not (cache_folder() / "packages" / "llamafactory-0.9.5.tar.gz").is_file(),

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pesc.crafting.embedded import cache_folder
 from pesc.demo.chat_rows import draw_chat_rows
 from pesc.demo.code_rows import draw_code_rows
 from pesc.demo.math_rows import draw_math_rows
 from pesc.demo.mixture import DOMAINS, MixtureInfo, build_mixture
+from pesc.storage.hub import cache_folder
 
 TRAIN = {"chat": 40, "code": 50, "math": 600}
 HELD_OUT = 20

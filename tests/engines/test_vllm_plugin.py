@@ -132,7 +132,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     from transformers import BioGptConfig
 
     from pesc import PescConfig
-    from pesc.crafting.model_config import crafted_config
+    from pesc.crafting.configuration import crafted_config
 
     root = tmp_path_factory.mktemp("models")
     found: dict[str, dict[str, Any]] = {}
@@ -223,7 +223,7 @@ def test_two_tensor_parallel_ranks_compute_what_transformers_does(tmp_path: Path
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("tokens", "experts", "chosen"), [(1, 4, 2), (7, 5, 1), (5, 3, 3), (64, 8, 2)])
 def test_grouped_experts_equal_the_loop(gated: bool, tokens: int, experts: int, chosen: int) -> None:
-    from pesc.serving.vllm_experts import grouped_experts
+    from pesc.vllm_plugin.experts import grouped_experts
 
     bank = _bank(gated, experts)
     first, down = bank.parameters()
@@ -237,7 +237,7 @@ def test_grouped_experts_equal_the_loop(gated: bool, tokens: int, experts: int, 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_parts_of_all_ranks_sum_to_the_whole(gated: bool, ranks: int) -> None:
     from pesc.config import LayerConfig
-    from pesc.serving.vllm_experts import Experts, grouped_experts
+    from pesc.vllm_plugin.experts import Experts, grouped_experts
 
     bank = _bank(gated, 4)
     layer = LayerConfig(num_experts=4, num_experts_per_tok=2, adapter_dim=12)
@@ -256,7 +256,7 @@ def test_the_parts_of_all_ranks_sum_to_the_whole(gated: bool, ranks: int) -> Non
 
 def test_adapters_that_cannot_be_split_over_the_ranks_are_refused() -> None:
     from pesc.config import LayerConfig
-    from pesc.serving.vllm_experts import Experts
+    from pesc.vllm_plugin.experts import Experts
 
     layer = LayerConfig(num_experts=4, num_experts_per_tok=2, adapter_dim=12)
     with pytest.raises(ValueError, match=r"adapter_dim \(12\) must be a multiple of the tensor parallel size \(8\)"):

@@ -11,10 +11,11 @@ import torch
 from checkpoints import tiny_dense, write_rows
 from families import disturb
 from pesc import PescConfig, craft
-from pesc.crafting.dense import load_model, load_tokenizer
-from pesc.evaluation.answers import generate_answers
+from pesc.crafting.load import load_model, load_tokenizer
+from pesc.data.chat import encode_messages
+from pesc.data.formats import read_rows
 from pesc.evaluation.held_out import RowScore, Scores, paired_difference, score_rows
-from pesc.training.data import encode_messages, read_rows
+from pesc.evaluation.samples import generate_answers
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
-from published import crafted
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +18,8 @@ from families import disturb, tokens
 from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
 from pesc.interop.exporter import FORMATS, export
-from pesc.interop.importer import import_checkpoint
+from pesc.interop.published.importer import import_checkpoint
+from published import crafted
 
 GATED = {"adapter_placement": "parallel", "adapter_activation": "swiglu"}
 RESULTS = {

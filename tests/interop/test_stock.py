@@ -9,29 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from published import crafted
 from safetensors.torch import load_file
 
 import pesc
 from families import tokens
 from pesc.interop.exporter import export
-from pesc.interop.expressible import TARGETS
+from pesc.interop.limits import TARGETS
 from pesc.interop.stock import DEFAULT_FORMAT
+from published import GATED, NO_WINDOW, ROPES, crafted, disturbed
 
-GATED = {"adapter_placement": "parallel", "adapter_activation": "swiglu"}
-ROPES: dict[str, dict[str, Any]] = {
-    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-    "yarn": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64},
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-        "rope_theta": 5e5,
-    },
-}
-NO_WINDOW = {"sliding_window": None}
 # (format, base family, what differs in the dense config, the method's settings)
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("granitemoeshared", "llama", {}, {}),
@@ -60,21 +46,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3, wide heads, tied": ("qwen3_next", "qwen3", {"head_dim": 16, "tie_word_embeddings": True}, {}),
     "qwen3, linear, one layer": ("qwen3_next", "qwen3", {"rope_parameters": ROPES["linear"]}, {"layers": [2]}),
 }
-
-
-def disturbed(folder: Path, family: str, dense: dict[str, Any], **method: Any) -> Path:
-    """A crafted folder whose norms and biases are far from their initial values, and whose logits are far apart."""
-    model = crafted(folder / "ours", family, dense, **GATED | method)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-            elif "norm" in name:
-                parameter.uniform_(0.2, 2.0)
-            elif "experts" not in name and "router" not in name:
-                parameter.mul_(5)
-    model.save_pretrained(folder / "ours")
-    return folder / "ours"
 
 
 def logits(folder: Path) -> torch.Tensor:

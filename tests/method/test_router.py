@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pesc.method.router import Router, record_router_logits
+from pesc.method.router import Router
+from pesc.method.routing import record_router_logits
 
 
 def test_top_k_then_softmax() -> None:

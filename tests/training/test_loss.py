@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from families import FAMILIES, tiny_model, tokens
-from pesc.training.data import IGNORED
+from pesc.data.chat import IGNORED
 from pesc.training.loss import summed_loss
 
 

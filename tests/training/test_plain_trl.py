@@ -11,8 +11,8 @@ from trl import SFTConfig, SFTTrainer
 
 from checkpoints import tiny_dense, tiny_tokenizer
 from pesc import PescConfig, craft, craft_checkpoint
-from pesc.crafting.adapter import train_experts
-from pesc.crafting.dense import load_model
+from pesc.crafting.load import load_model
+from pesc.crafting.lora import train_experts
 from pesc.crafting.surgery import expert_parameters
 
 

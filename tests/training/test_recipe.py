@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pesc import PescConfig
-from pesc.demo.run import demo_recipe
+from pesc.demo.demo import demo_recipe
 from pesc.training.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

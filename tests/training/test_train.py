@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import pesc.training.train as training
 from checkpoints import tiny_dense, write_rows
 from pesc import PescConfig, craft_checkpoint, load, train
-from pesc.crafting.adapter import adapter_tensors
 from pesc.crafting.info import describe
+from pesc.crafting.lora import adapter_tensors
 from pesc.training.recipe import LoraSettings, Recipe
 from pesc.training.trainer import PescTrainer
 

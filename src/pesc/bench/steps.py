@@ -12,7 +12,7 @@ from torch import nn
 
 from pesc.bench.config import BenchConfig, Work
 from pesc.bench.subjects import Subject, use_backend
-from pesc.crafting.adapter import train_experts
+from pesc.crafting.lora import train_experts
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 _PROMPT = 16  # tokens, before decoding

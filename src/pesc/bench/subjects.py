@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from pesc.bench import references
 from pesc.bench.config import Backend, Form, Work
 from pesc.config import PescConfig
-from pesc.crafting.adapter import add_lora, lora_parameters
 from pesc.crafting.craft import craft
-from pesc.crafting.dense import load_model
+from pesc.crafting.load import load_model
+from pesc.crafting.lora import add_lora, lora_parameters
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 DENSE, UPCYCLED = "dense", "sparse_upcycling"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pesc.allocator import release_where_scarce
+from pesc.machine.allocator import release_where_scarce
 
 WARM_UPS = 6
 

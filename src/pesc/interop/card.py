@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pesc.crafting.dense import read_json
+from pesc.storage.files import read_json
 
 RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
 _PLACES = ("model", "output", "train_data")

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pesc.config import PescConfig
-from pesc.crafting.adapter import ADAPTER_JSON, base_of, find_adapter, fold, load
-from pesc.crafting.checkpoint import new_folder, read_weight_map
-from pesc.crafting.dense import load_config, read_json, resolve
-from pesc.crafting.model_config import MODEL_TYPE, crafted_config
+from pesc.crafting.adapter import ADAPTER_JSON
+from pesc.crafting.configuration import MODEL_TYPE, crafted_config
+from pesc.crafting.load import base_of, find_adapter, load, load_config
+from pesc.crafting.lora import fold
+from pesc.crafting.skeleton import skeleton_of
+from pesc.crafting.sources import resolve
 from pesc.interop.card import RECIPE, RESULTS, write_card
-from pesc.interop.expressible import TARGETS, Source, reasons_against
-from pesc.interop.foreign_export import export_layout, layout_reasons
-from pesc.interop.gguf_export import export_gguf, gguf_reasons
-from pesc.interop.importer import copy_companions
-from pesc.interop.layouts import skeleton_of
+from pesc.interop.gguf.exporter import export_gguf, gguf_reasons
+from pesc.interop.limits import TARGETS, Source, reasons_against
+from pesc.interop.published.exporter import export_layout, layout_reasons
 from pesc.interop.stock import DEFAULT_FORMAT, export_stock
-from pesc.interop.weights import Weights
+from pesc.storage.files import copy_companions, new_folder, read_json
+from pesc.storage.weights import Weights, read_weight_map
 
 _GGUF = {"gguf-f32": "F32", "gguf-f16": "F16", "gguf-q8_0": "Q8_0"}
 _LAYOUTS = ("camelidae", "sparsetral")

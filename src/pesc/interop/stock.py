@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from pesc.crafting.checkpoint import new_folder
-from pesc.interop.expressible import Source, crafted_layers, head_dim_of, multipliers_of, setting_of
-from pesc.interop.importer import copy_companions
-from pesc.interop.weights import SHARD_BYTES, ShardWriter
+from pesc.interop.limits import Source, crafted_layers, head_dim_of, multipliers_of, setting_of
+from pesc.storage.files import copy_companions, new_folder
+from pesc.storage.weights import SHARD_BYTES, ShardWriter
 
 DEFAULT_FORMAT = {
     "granite": "granitemoeshared",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pesc.method.onednn import FEW_TOKENS, without_onednn
+from pesc.machine.onednn import FEW_TOKENS, without_onednn
 
 
 class Router(nn.Module):
@@ -51,24 +49,3 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, num_experts_per_tok={self.num_experts_per_tok}"
-
-
-@contextmanager
-def record_router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the router logits of every forward pass run inside the block.
-
-    Yields:
-        A list that grows by one [T, E] fp32 tensor for each crafted layer passed, in order. The tensors keep their
-        autograd graph.
-    """
-    recorded: list[torch.Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output: recorded.append(output[0]))
-        for module in model.modules()
-        if isinstance(module, Router)
-    ]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()

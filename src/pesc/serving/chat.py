@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from pesc.crafting.adapter import base_of, fold, load
-from pesc.crafting.dense import load_tokenizer
-from pesc.quiet import quiet_libraries
-from pesc.training.data import render
+from pesc.crafting.load import base_of, load, load_tokenizer
+from pesc.crafting.lora import fold
+from pesc.data.chat import render
+from pesc.machine.quiet import quiet_libraries
 
 HELP = "Type a message. Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D leaves."
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import torch
 
-from pesc.crafting.adapter import base_of, find_adapter, fold, load
-from pesc.crafting.dense import load_config, load_tokenizer, resolve
-from pesc.quiet import quiet_libraries
+from pesc.crafting.load import base_of, find_adapter, load, load_config, load_tokenizer
+from pesc.crafting.lora import fold
+from pesc.crafting.sources import resolve
+from pesc.machine.quiet import quiet_libraries
 
 Engine = Literal["auto", "vllm", "transformers"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pesc.training.data import IGNORED
+from pesc.data.chat import IGNORED
 
 
 def summed_loss(

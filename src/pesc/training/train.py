@@ -15,15 +15,17 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
-from pesc.allocator import keep_freed_memory
-from pesc.crafting.adapter import add_lora, load_adapter_weights, save_adapter, train_experts
+from pesc.crafting.adapter import load_adapter_weights, save_adapter
 from pesc.crafting.craft import craft
-from pesc.crafting.dense import load_model, load_tokenizer
+from pesc.crafting.load import load_model, load_tokenizer
+from pesc.crafting.lora import add_lora, train_experts
 from pesc.crafting.surgery import crafted_ffns
-from pesc.observe.memory import measure_peak_memory
-from pesc.quiet import quiet_libraries
-from pesc.training.data import encode_rows, read_rows
-from pesc.training.progress import METRICS, MetricsWriter
+from pesc.data.chat import encode_rows
+from pesc.data.formats import read_rows
+from pesc.machine.allocator import keep_freed_memory
+from pesc.machine.memory import measure_peak_memory
+from pesc.machine.quiet import quiet_libraries
+from pesc.training.callbacks import METRICS, MetricsWriter
 from pesc.training.recipe import Recipe
 from pesc.training.trainer import PescTrainer
 

@@ -10,13 +10,12 @@ import torch
 from transformers import PreTrainedModel, TrainerState
 from trl import SFTTrainer
 
-from pesc.allocator import release_where_scarce
 from pesc.crafting.adapter import load_adapter_weights, save_adapter
 from pesc.crafting.surgery import crafted_ffns
+from pesc.data.chat import IGNORED
+from pesc.machine.allocator import release_where_scarce
 from pesc.method.losses import token_mask
-from pesc.method.router import record_router_logits
-from pesc.observe.routing import balance, expert_counts
-from pesc.training.data import IGNORED
+from pesc.method.routing import balance, expert_counts, record_router_logits
 from pesc.training.loss import summed_loss
 
 

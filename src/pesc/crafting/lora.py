@@ -1,0 +1,87 @@
+"""LoRA beside experts: what trains, and merging it into the dense weights."""
+
+from __future__ import annotations
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from pesc.crafting.surgery import expert_parameters
+
+LORA_NAME = "default"
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
+    """Give a model LoRA and say what trains: LoRA, routers and experts; all else is frozen.
+
+    LoRA itself is kept in float32, whatever the model's dtype: its steps are too small for less.
+
+    Args:
+        model: dense or crafted; changed in place.
+        lora: peft's settings.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for settings that train more than LoRA, or LoRA on tied embeddings, which cannot be folded.
+    """
+    extra = {"modules_to_save": lora.modules_to_save, "trainable_token_indices": lora.trainable_token_indices}
+    problems = [f"{name} must be left out" for name, value in extra.items() if value]
+    if lora.bias != "none":
+        problems.append(f"bias ({lora.bias!r}) must be 'none'")
+    if problems:
+        raise ValueError(f"add_lora: {'; '.join(problems)}: only LoRA, routers and experts train and are saved")
+    model.add_adapter(lora, adapter_name=LORA_NAME)
+    tied = model.config.tie_word_embeddings and isinstance(model.get_input_embeddings(), LoraLayer)
+    if tied or isinstance(model.get_output_embeddings(), LoraLayer):
+        raise ValueError("add_lora: target_modules must not name the embeddings or the output layer")
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.float()
+    train_experts(model)
+    return model
+
+
+def train_experts(model: PreTrainedModel) -> None:
+    """Let routers and experts train, and beside them only what LoRA added."""
+    trained = adapter_tensors(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def adapter_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What an adapter folder holds of a model: LoRA, router and expert parameters by name."""
+    return expert_parameters(model) | lora_parameters(model)
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What LoRA added to a model, by name."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for key, parameter in module.named_parameters()
+        if not key.startswith("base_layer.")
+    }
+
+
+def fold(model: PreTrainedModel) -> PreTrainedModel:
+    """Merge LoRA into the dense weights, so that `save_pretrained` writes a standalone model.
+
+    Experts cannot be merged: which of them act differs from token to token.
+
+    Args:
+        model: changed in place; without LoRA it is returned as it is.
+
+    Returns:
+        The same model, computing the same.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            model.set_submodule(name, module.get_base_layer())
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False
+        del model.peft_config
+    return model

@@ -1,0 +1,1 @@
+"""Conversations: files, chat templates, what is trained on."""

@@ -1,0 +1,110 @@
+"""Instruction data: rows of messages, and the tokens that are learnt from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of a token that is not learnt."""
+
+
+@dataclass
+class Encoded:
+    """Tokenized rows, and what became of those that did not fit."""
+
+    rows: list[dict[str, list[int]]]
+    """`input_ids` and `labels` of each row; what is learnt is labelled, all else is `IGNORED`."""
+    split: int
+    """Conversations that became a row for each assistant turn, as the chat template rewrites earlier turns."""
+    cut: int
+    """Rows cut to the maximal length."""
+    dropped: int
+    """Rows without a token to learn from within the maximal length."""
+
+
+def encode_rows(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenize conversations with the tokenizer's chat template.
+
+    Args:
+        rows: as `read_rows` gives them.
+        tokenizer: a fast tokenizer with a chat template.
+        max_length: tokens of a row; what lies behind is cut off.
+
+    Raises:
+        ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
+    """
+    encoded = Encoded([], 0, 0, 0)
+    for row in rows:
+        pairs = encode_messages(row["messages"], tokenizer)
+        encoded.split += len(pairs) > 1
+        for input_ids, labels in pairs:
+            encoded.cut += len(input_ids) > max_length
+            if all(label == IGNORED for label in labels[1:max_length]):
+                encoded.dropped += 1
+            else:
+                encoded.rows.append({"input_ids": input_ids[:max_length], "labels": labels[:max_length]})
+    return encoded
+
+
+def encode_messages(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of one conversation and their labels.
+
+    The conversation is rendered up to and with each assistant turn; what that turn adds is what is learnt, its
+    end-of-turn token included. A template that only appends gives one row with all turns. Others, as Qwen3's, render
+    a turn otherwise once later ones follow; they give a row for each assistant turn, with the turns before it as the
+    model sees them when it answers.
+
+    Returns:
+        (input_ids, labels) of each row, of equal length.
+
+    Raises:
+        ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
+    """
+    whole = render(messages, tokenizer)
+    answers = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = render(messages[:index], tokenizer, add_generation_prompt=True)
+            text = render(messages[: index + 1], tokenizer)
+            if not text.startswith(prompt):
+                raise ValueError(
+                    "the tokenizer's chat template renders a prompt otherwise once its answer follows, so what is to "
+                    "be learnt cannot be told apart: use a template that starts an answer with its generation prompt"
+                )
+            answers.append((text, (len(prompt), len(text.rstrip()))))
+    if all(whole.startswith(text.rstrip()) for text, _ in answers):
+        return [_label(whole, [span for _, span in answers], tokenizer)]
+    return [_label(text, [span], tokenizer) for text, span in answers]
+
+
+def _label(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(start <= first < end for start, end in spans) else IGNORED
+        for token, (first, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    ]
+    return list(tokens["input_ids"]), labels
+
+
+def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
+    """A conversation as text, by the tokenizer's chat template.
+
+    Raises:
+        ValueError: when there is no template, or none for these roles.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: put a chat_template.jinja into the "
+            "model's folder"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template cannot render the roles {roles}: {error}") from error

@@ -1,0 +1,143 @@
+"""What a foreign format can hold of a crafted model, told from the config before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NO_MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+"""Granite's multipliers where they change nothing; attention_multiplier is head_dim ** -0.5 there."""
+
+
+_SCALED_ROPE = ("default", "linear", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A crafted model opened for export."""
+
+    name: str
+    """As the user gave it."""
+    config: Any
+    """Of the crafted model, LoRA or not."""
+    names: list[str]
+    """Its tensors by their names in transformers; tied ones once."""
+    read: Callable[[str], torch.Tensor]
+    """One tensor by name, LoRA folded in."""
+    folder: Path
+    """Where the tokenizer, the licence and the like lie."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a foreign format can hold of a crafted model."""
+
+    bases: tuple[str, ...]
+    """Dense families, by model_type."""
+    output_bias: bool = False
+    """A Llama base's attention_bias, which covers the output projection."""
+    any_head_dim: bool = False
+    """head_dim other than hidden_size / num_attention_heads."""
+    some_layers: bool = False
+    """Experts in some of the layers only."""
+    ropes: tuple[str, ...] = _SCALED_ROPE
+    """Values of rope_type."""
+
+
+TARGETS = {
+    "granitemoeshared": Target(bases=("llama", "mistral", "granite")),
+    "qwen2_moe": Target(bases=("qwen2", "llama", "mistral"), some_layers=True),
+    "qwen3_next": Target(bases=("qwen3",), any_head_dim=True, some_layers=True),
+}
+
+
+def head_dim_of(config: Any) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def setting_of(config: Any, name: str) -> int:
+    """A setting of the method that a format has once for all layers (`num_experts`, …)."""
+    value = getattr(config.method, name)
+    return value[0] if isinstance(value, list) else value
+
+
+def crafted_layers(config: Any) -> list[int]:
+    """Indices of the layers with experts."""
+    return list(config.method.for_layers(config.num_hidden_layers))
+
+
+def multipliers_of(config: Any) -> dict[str, float]:
+    """The four numbers by which Granite scales, of a Granite base or as no scaling at all."""
+    if config.base_model_type == "granite":
+        return {name: float(getattr(config, name)) for name in (*NO_MULTIPLIERS, "attention_multiplier")}
+    return NO_MULTIPLIERS | {"attention_multiplier": head_dim_of(config) ** -0.5}
+
+
+def reasons_against(config: Any, target: Target) -> list[str]:
+    """Why a format cannot hold a crafted model, a reason each; empty where it can.
+
+    Args:
+        config: the crafted model's; no weights are needed.
+        target: what the format can hold.
+    """
+    return [*_method_reasons(config, target), *_dense_reasons(config, target)]
+
+
+def _method_reasons(config: Any, target: Target) -> list[str]:
+    method, reasons = config.method, []
+    if method.adapter_placement != "parallel" or method.adapter_activation != "swiglu":
+        reasons.append(
+            f"its experts are {method.adapter_placement} + {method.adapter_activation}, and only parallel + swiglu "
+            "ones are routed experts beside a shared one"
+        )
+    for name in ("num_experts", "num_experts_per_tok", "adapter_dim"):
+        value = getattr(method, name)
+        if isinstance(value, list) and len(set(value)) > 1:
+            reasons.append(f"{name} ({value}) differs between layers, and the format has one for all")
+    layers = crafted_layers(config)
+    if len(layers) < config.num_hidden_layers and not target.some_layers:
+        reasons.append(f"only layers {layers} have experts, and the format gives every layer some")
+    return reasons
+
+
+def _dense_reasons(config: Any, target: Target) -> list[str]:
+    family, reasons = config.base_model_type, []
+    if family not in target.bases:
+        return [f"its base is {family}, and the format holds {', '.join(target.bases)}"]
+    if (activation := config.hidden_act) != "silu":
+        reasons.append(f"its FFN's hidden_act is {activation!r}, and the format's must be that of the experts, 'silu'")
+    if getattr(config, "mlp_bias", False):
+        reasons.append("its FFN has biases (mlp_bias), and the format's has none")
+    if getattr(config, "attention_bias", False) and not target.output_bias:
+        reasons.append("its attention has biases on the output (attention_bias), and the format's has none")
+    if (window := _window(config)) is not None:
+        reasons.append(
+            f"its attention slides (sliding_window {window}), and the format's sees everything; with a "
+            "max_position_embeddings of at most the window the two are the same"
+        )
+    head_dim, plain = head_dim_of(config), config.hidden_size / config.num_attention_heads
+    if head_dim != plain and not target.any_head_dim:
+        reasons.append(
+            f"its head_dim ({head_dim}) is not hidden_size / num_attention_heads ({plain:g}), as the format's"
+        )
+    rope = config.rope_parameters or {}
+    if (kind := rope.get("rope_type", "default")) not in target.ropes:
+        reasons.append(f"its rope_type is {kind!r}, and the format holds {', '.join(target.ropes)}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        reasons.append(
+            f"its partial_rotary_factor is {rope['partial_rotary_factor']}, and the format turns whole heads"
+        )
+    return reasons
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window, where there is one that ever leaves something out."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = window and (kinds is None or "sliding_attention" in kinds)
+    return window if slides and window < config.max_position_embeddings else None

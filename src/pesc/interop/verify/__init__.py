@@ -1,0 +1,1 @@
+"""`pesc verify`: prove that a model's files hold what they promise."""

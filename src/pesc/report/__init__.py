@@ -1,0 +1,1 @@
+"""Results: their schema, what they say in words, charts, and the page."""

@@ -1,0 +1,1 @@
+"""Files: JSON, weights, atomic folders, hashes, comparison, downloads. Nothing here knows a model."""

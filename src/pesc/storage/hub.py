@@ -1,0 +1,52 @@
+"""The cache, installed packages, and downloads from a model hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """The folder of what is made or fetched once: ``cache``, else ``$PESC_CACHE``, else ``~/.cache/pesc``.
+
+    The folder need not exist yet.
+    """
+    if cache is not None:
+        return Path(cache).expanduser()
+    return Path(os.environ.get("PESC_CACHE") or "~/.cache/pesc").expanduser()
+
+
+def package_folder(package: str, install: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Args:
+        package: the name one would import.
+        install: the command that installs it, quoted in the error.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"package {package} is missing, but its files are needed: run `{install}`")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    way_out = "give a folder with a config.json, a hub id such as org/name, or smollm2-135m-instruct"
+    try:
+        return Path(snapshot_download(model, allow_patterns=_FILES))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{model}: no such folder, and no valid hub id; {way_out}") from error
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{model}: no such folder, and the hub did not provide it ({reason}); {way_out}"
+        ) from error

@@ -1,0 +1,293 @@
+"""Tensors of checkpoints on disk, safetensors or `.bin`: listed without loading, read one at a time."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from pesc.storage.files import read_json
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+BIN_SINGLE = "pytorch_model.bin"
+
+
+SHARD_BYTES = 2 * 1024**3
+
+
+REOPEN_BYTES = 256 * 1024**2
+"""After so many bytes read, a safetensors file is opened anew: its pages stay with the process while it is open."""
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As torch names it: "bfloat16"."""
+    file: Path
+
+
+class Weights:
+    """The tensors of a checkpoint's folder; one file is open at a time.
+
+    Nothing but tensors is ever read: `.bin` files go through torch's restricted unpickler, which runs no
+    code.
+
+    Raises:
+        FileNotFoundError: when there are no weight files, or the index names one that is missing.
+        ValueError: for a file that is damaged, cut short, or holds more than tensors.
+    """
+
+    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
+        self.folder = folder
+        self.files = weight_files(folder) if files is None else files
+        self.tensors: dict[str, TensorInfo] = {}
+        self._open: tuple[Path, Any] | None = None
+        self._touched = 0
+        for file in self.files:
+            self.tensors |= self._list(file)
+
+    @property
+    def largest_file(self) -> int:
+        """Bytes of the largest file."""
+        return max(file.stat().st_size for file in self.files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, mapped from its file; only `.bin` files of the oldest format lie whole in memory."""
+        file = self.tensors[name].file
+        tensors = self._opened(file)
+        try:
+            tensor = tensors[name] if isinstance(tensors, dict) else tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise _damaged(file, error) from error
+        self._touched += tensor.numel() * tensor.element_size()
+        if self._touched > REOPEN_BYTES and not isinstance(tensors, dict):
+            self._open = None
+        return tensor
+
+    def _list(self, file: Path) -> dict[str, TensorInfo]:
+        tensors = self._opened(file)
+        if isinstance(tensors, dict):
+            return {
+                name: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch."), file)
+                for name, t in tensors.items()
+            }
+        found = {}
+        for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
+            part = tensors.get_slice(name)
+            dtype = part.get_dtype()
+            found[name] = TensorInfo(tuple(part.get_shape()), _DTYPES.get(dtype, dtype.lower()), file)
+        return found
+
+    def _opened(self, file: Path) -> Any:
+        if self._open is None or self._open[0] != file:
+            self._open, self._touched = None, 0  # let go first: a .bin of the oldest format lies whole in memory
+            self._open = (file, _load_bin(file) if file.suffix == ".bin" else _open_safetensors(file))
+        return self._open[1]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors, safetensors before `.bin`.
+
+    Raises:
+        FileNotFoundError: when there are none, or the index names one that is missing.
+        ValueError: for an index that is none, or that names files outside the folder.
+    """
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        names = sorted(set(read_weight_map(folder).values()))
+    elif (folder / BIN_INDEX).is_file():
+        weight_map = read_json(folder / BIN_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / BIN_INDEX} has no weight_map: download it again")
+        names = sorted(set(weight_map.values()))
+    elif (folder / BIN_SINGLE).is_file():
+        names = [BIN_SINGLE]
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds none of {SINGLE}, {INDEX}, {BIN_SINGLE}, {BIN_INDEX}: no checkpoint's weights"
+        )
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"the index of {folder} names {', '.join(outside)}: files must lie in the folder itself")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download them again")
+    return [folder / name for name in names]
+
+
+class ShardWriter:
+    """Writes tensors into safetensors shards of a folder, holding at most one shard's worth.
+
+    Args:
+        folder: where the files go.
+        limit: bytes after which a shard is written.
+    """
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self._folder, self._limit = folder, limit
+        self._pending: dict[str, torch.Tensor] = {}
+        self._bytes = self._total = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor; it may be written now or later."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self._limit:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._bytes += size
+        self._total += size
+
+    def finish(self) -> None:
+        """Write what is left, give the shards their final names and write the index; one shard needs none."""
+        self._flush()
+        count = len(self._shards)
+        names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        for index, name in enumerate(names):
+            (self._folder / f"shard-{index}").rename(self._folder / name)
+        if count > 1:
+            weight_map = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
+            index_values = {
+                "metadata": {"total_size": self._total},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (self._folder / INDEX).write_text(json.dumps(index_values, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._folder / f"shard-{len(self._shards)}", {"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._bytes = {}, 0
+
+
+def _open_safetensors(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _load_bin(file: Path) -> dict[str, torch.Tensor]:
+    with file.open("rb") as stream:
+        zipped = stream.read(2) == b"PK"
+    if zipped and not zipfile.is_zipfile(file):
+        raise _damaged(file, "its end is missing")
+    try:
+        # Files of the oldest format have no fixed places for tensors, so they cannot be mapped.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors, and reading it could run code, so it is refused "
+            f"({_first_line(error)}): get the checkpoint as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _damaged(file, _first_line(error)) from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file} must hold a dict of tensors, found {type(tensors).__name__}")
+    others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"{file} must hold tensors only, but {', '.join(others[:8])} are none: save its state dict alone"
+        )
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _damaged(file: Path, reason: Any) -> ValueError:
+    return ValueError(f"{file} is damaged or cut short ({reason}): download it again")
+
+
+INDEX = "model.safetensors.index.json"
+
+
+SINGLE = "model.safetensors"
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Which file of a checkpoint holds each tensor.
+
+    Raises:
+        FileNotFoundError: when there are no safetensors files, or the index names one that is missing.
+        ValueError: when a file is damaged.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{folder / INDEX} is no index of a checkpoint ({error}): download it again") from error
+    elif (folder / SINGLE).is_file():
+        weight_map = dict.fromkeys(tensor_names(folder / SINGLE), SINGLE)
+    else:
+        pickled = " (.bin files are pickles: save the model again as safetensors)" if list(folder.glob("*.bin")) else ""
+        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}{pickled}")
+    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download them again")
+    return weight_map
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file.
+
+    Raises:
+        ValueError: when the file is damaged or cut short.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from error
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: when it is not there.
+        ValueError: when it is damaged or cut short.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}: the folder is not whole")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error})") from error
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of a checkpoint's weights: its safetensors files' bytes, in the order of their names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_weight_map` does.
+    """
+    files = sorted(set(read_weight_map(folder).values()))
+    stamps = tuple((str(folder / file), (folder / file).stat().st_mtime_ns) for file in files)
+    return _hash_files(stamps)
+
+
+@functools.lru_cache
+def _hash_files(stamps: tuple[tuple[str, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _ in stamps:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

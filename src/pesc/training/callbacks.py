@@ -1,0 +1,107 @@
+"""What a run shows and writes while it trains: a progress bar, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends a line to metrics.jsonl for every optimizer step, and shows it.
+
+    A line holds: step; loss (of the language model alone); learning_rate; grad_norm; tokens (seen so far);
+    tokens_per_second; elapsed (seconds, over interruptions); and for crafted models aux_loss (eq. 10 summed over
+    layers, without its weight) and balance (see `pesc.method.routing.balance`).
+    """
+
+    def __init__(self, path: Path, console: Console, label: str) -> None:
+        self.path = path
+        self.console = console
+        self.label = label
+        self.last: dict[str, Any] = (self._lines() or [{"tokens": 0, "elapsed": 0.0}])[-1]
+        self.progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar; drop lines of steps after the checkpoint that the run resumes from."""
+        kept = [line for line in self._lines() if line["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.last = kept[-1] if kept else {"tokens": 0, "elapsed": 0.0}
+        self.before, self.tokens_before = self.last["elapsed"], self.last["tokens"]
+        self.start = self.step_start = time.perf_counter()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+            refresh_per_second=2,
+        )
+        self.task = self.progress.add_task(
+            self.label, total=state.max_steps, completed=state.global_step, status="first step …"
+        )
+        self.progress.start()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write and show one step's numbers."""
+        if not logs or "loss" not in logs or self.progress is None:
+            return
+        line = self._line(state.global_step, logs)
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self.last = line
+        status = f"loss {line['loss']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
+        if "balance" in line:
+            status += f"  balance {line['balance']:.3f}"
+        self.progress.update(self.task, completed=state.global_step, status=status)
+
+    def summary(self) -> dict[str, Any]:
+        """Steps, tokens and seconds of the run so far."""
+        return {"steps": self.last.get("step", 0), "tokens": self.last["tokens"], "seconds": self.last["elapsed"]}
+
+    def stop(self) -> None:
+        """End the bar, also after an interruption."""
+        if self.progress is not None:
+            self.progress.stop()
+
+    def _line(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
+        now = time.perf_counter()
+        elapsed = self.before + now - self.start
+        tokens = self.tokens_before + int(logs["num_tokens"])
+        line = {
+            "step": step,
+            "loss": float(logs["loss"]) - float(logs.get("router_loss", 0.0)),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": float(logs["grad_norm"]),
+            "tokens": tokens,
+            "tokens_per_second": (tokens - self.last["tokens"]) / max(now - self.step_start, 1e-9),
+            "elapsed": elapsed,
+        }
+        self.step_start = now
+        return line | {key: float(logs[key]) for key in ("aux_loss", "balance") if key in logs}
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.is_file() else []:
+            with suppress(json.JSONDecodeError):  # an interruption may have cut the last line
+                lines.append(json.loads(text))
+        return lines

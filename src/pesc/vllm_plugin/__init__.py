@@ -1,0 +1,1 @@
+"""Crafted models in vLLM."""

@@ -1,0 +1,28 @@
+"""Routing statistics: counts that add up, a balance that means what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pesc.method.routing import balance, expert_counts
+
+
+def test_counts_add_up_and_skip_padding() -> None:
+    logits = torch.randn(20, 5)
+    assert expert_counts(logits, 2).sum() == 40
+    mask = torch.arange(20) < 7
+    assert torch.equal(expert_counts(logits, 2, mask), expert_counts(logits[:7], 2))
+
+
+def test_unused_experts_count_zero() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 4)
+    assert expert_counts(logits, 2).tolist() == [4, 4, 0, 0]
+
+
+def test_balance_is_one_when_even_and_zero_when_collapsed() -> None:
+    assert balance([torch.full((8,), 5)]) == pytest.approx(1.0)
+    assert balance([torch.tensor([9, 0, 0, 0])]) == pytest.approx(0.0)
+    half = balance([torch.tensor([5, 5, 0, 0])])
+    assert half == pytest.approx(0.5)
+    assert balance([torch.full((8,), 5), torch.tensor([9, 0, 0, 0])]) == pytest.approx(0.5)

@@ -1,0 +1,71 @@
+"""Files that are damaged, or hold more than tensors, are refused, and nothing of them runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pesc.interop.published.importer import import_checkpoint
+from pesc.storage import weights
+from pesc.storage.weights import Weights
+from published import Checkpoint
+
+
+def test_values_are_the_same_when_a_file_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint()
+    found = Weights(checkpoint.save(tmp_path, shards=2))
+    monkeypatch.setattr(weights, "REOPEN_BYTES", 1000)
+    assert found.tensors.keys() == checkpoint.tensors.keys()
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in checkpoint.tensors.items())
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+def test_truncated_files_are_refused(as_bin: bool, tmp_path: Path) -> None:
+    source = Checkpoint().save(tmp_path / "source", as_bin=as_bin)
+    file = source / ("pytorch_model.bin" if as_bin else "model.safetensors")
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        import_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class _Attack:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(zipped: bool, tmp_path: Path) -> None:
+    source = Checkpoint().save(tmp_path / "source", as_bin=True)
+    content = {**Checkpoint().tensors, "extra": _Attack(tmp_path / "ran")}
+    if zipped:
+        torch.save(content, source / "pytorch_model.bin")
+    else:
+        (source / "pytorch_model.bin").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        import_checkpoint(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_other_things_in_a_bin_file_are_refused(tmp_path: Path) -> None:
+    source = Checkpoint().save(tmp_path / "source", as_bin=True)
+    torch.save({"state_dict": Checkpoint().tensors, "step": 3}, source / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold tensors only, but state_dict, step are none"):
+        import_checkpoint(source, tmp_path / "out")
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    source = Checkpoint().save(tmp_path / "source", shards=2)
+    index = source / "model.safetensors.index.json"
+    save_file({"secret": torch.zeros(1)}, tmp_path / "elsewhere.safetensors")
+    index.write_text(json.dumps({"weight_map": {"secret": "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match="files must lie in the folder itself"):
+        import_checkpoint(source, tmp_path / "out")
