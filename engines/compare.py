@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pesc import fold, load, load_tokenizer
-from pesc.crafting.load import base_of
-from pesc.interop.exporter import FORMATS, export
+from pesc import fold, load
+from pesc.crafting.load import locate
+from pesc.interop.formats import FORMATS, export
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-4
@@ -96,7 +96,7 @@ def reference(model: PreTrainedModel, text: list[int], prompt: list[int], count:
 def make_job(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What every engine is asked, and our answer."""
     model = fold(load(path, dtype="float32"))
-    tokenizer = load_tokenizer(base_of(path))
+    tokenizer = locate(path).tokenizer()
     text = (HERE / "text.txt").read_text(encoding="utf-8")
     chat = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     strings = [text, chat, *text.splitlines()]

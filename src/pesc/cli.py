@@ -154,7 +154,7 @@ def import_(checkpoint: str, out: Path) -> None:
     """
     from pesc.crafting.info import describe
     from pesc.crafting.show import show_info
-    from pesc.interop.published.importer import import_checkpoint
+    from pesc.interop.formats import import_checkpoint
 
     show_info(describe(import_checkpoint(checkpoint, out)), _console())
 
@@ -177,7 +177,7 @@ def export(model: str, out: Path, *, format: str = "pesc") -> None:
         gguf-f16, gguf-q8_0: a file for llama.cpp. camelidae, sparsetral: the published layouts. stock and gguf need
         parallel + swiglu experts, the layouts the paper's sequential + gelu.
     """
-    from pesc.interop.exporter import export as write
+    from pesc.interop.formats import export as write
     from pesc.machine.quiet import quiet_libraries
 
     with quiet_libraries():

@@ -15,7 +15,7 @@ from checkpoints import tiny_dense
 from families import disturb
 from pesc import PescConfig, craft
 from pesc.crafting.cost import count_parameters
-from pesc.crafting.load import load_model
+from pesc.crafting.load import load
 from pesc.crafting.lora import adapter_tensors
 from pesc.crafting.surgery import expert_parameters
 
@@ -25,7 +25,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 
 def tuned(base: Path, method: PescConfig | None = PescConfig(num_experts=4, adapter_dim=8)):  # noqa: B008
     """A model with random experts and LoRA."""
-    model = load_model(base)
+    model = load(base)
     if method is not None:
         disturb(craft(model, method))
     pesc.add_lora(model, LORA)
@@ -91,7 +91,7 @@ def test_save_pretrained_of_an_unfolded_model_writes_the_adapter(tmp_path: Path)
 
 def test_lora_is_kept_in_float32(tmp_path: Path) -> None:
     model = pesc.add_lora(
-        craft(load_model(tiny_dense(tmp_path / "dense"), dtype="bfloat16"), PescConfig(num_experts=4, adapter_dim=8)),
+        craft(load(tiny_dense(tmp_path / "dense"), dtype="bfloat16"), PescConfig(num_experts=4, adapter_dim=8)),
         LORA,
     )
     dtypes = {"lora_" in name: p.dtype for name, p in model.named_parameters()}
@@ -111,16 +111,16 @@ def test_lora_is_kept_in_float32(tmp_path: Path) -> None:
     ],
 )
 def test_lora_that_could_not_be_saved_or_folded_is_refused(tmp_path: Path, lora: dict, message: str) -> None:
-    model = load_model(tiny_dense(tmp_path / "dense"))
+    model = load(tiny_dense(tmp_path / "dense"))
     with pytest.raises(ValueError, match=message):
         pesc.add_lora(model, LoraConfig(**({"r": 2, "target_modules": ["q_proj"]} | lora)))
 
 
 def test_wrapped_and_nameless_models_are_refused(tmp_path: Path) -> None:
-    model = load_model(tiny_dense(tmp_path / "dense"))
+    model = load(tiny_dense(tmp_path / "dense"))
     with pytest.raises(ValueError, match=r"wraps the model: give LoRA to the model itself with pesc.add_lora"):
         pesc.save_adapter(get_peft_model(model, LORA), tmp_path / "out")
-    model = pesc.add_lora(load_model(tmp_path / "dense"), LORA)
+    model = pesc.add_lora(load(tmp_path / "dense"), LORA)
     model.config.name_or_path = ""
     with pytest.raises(ValueError, match="was not loaded from anywhere"):
         pesc.save_adapter(model, tmp_path / "out")
@@ -183,7 +183,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_a_crafted_folder_is_a_base_too(tmp_path: Path) -> None:
-    crafted = disturb(craft(load_model(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=4, adapter_dim=8)))
+    crafted = disturb(craft(load(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=4, adapter_dim=8)))
     crafted.save_pretrained(tmp_path / "crafted")
     model = tuned(tmp_path / "crafted", method=None)
     pesc.save_adapter(model, tmp_path / "adapter")

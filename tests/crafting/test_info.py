@@ -16,14 +16,14 @@ from families import disturb
 from pesc import PescConfig, craft, craft_checkpoint
 from pesc.crafting.cost import count_parameters
 from pesc.crafting.info import describe
-from pesc.crafting.load import load_model
+from pesc.crafting.load import load
 from pesc.crafting.surgery import crafted_ffns
 
 CONFIG = PescConfig(num_experts=4, num_experts_per_tok=1, adapter_dim=8, layers=[1])
 
 
 def test_counts_of_a_crafted_model(tmp_path: Path) -> None:
-    model = load_model(tiny_dense(tmp_path / "dense"))
+    model = load(tiny_dense(tmp_path / "dense"))
     dense = count_parameters(model)
     assert (dense.total, dense.active, dense.trained) == (model.num_parameters(), model.num_parameters(), 0)
     counts = count_parameters(craft(model, CONFIG))
@@ -34,7 +34,7 @@ def test_counts_of_a_crafted_model(tmp_path: Path) -> None:
 
 
 def test_lora_counts_as_trained_but_not_in_the_total(tmp_path: Path) -> None:
-    model = load_model(tiny_dense(tmp_path / "dense"))
+    model = load(tiny_dense(tmp_path / "dense"))
     total = count_parameters(model).total
     pesc.add_lora(model, LoraConfig(r=4, target_modules=["q_proj"]))
     counts = count_parameters(model)
@@ -46,12 +46,12 @@ def test_a_fresh_craft_is_all_untouched(tmp_path: Path) -> None:
     info = describe(out)
     assert (info.kind, info.family, info.crafted_layers, info.missing) == ("crafted", "llama", [1], [])
     assert info.untouched == [f"model.layers.1.mlp.experts.{i}" for i in range(4)]
-    loaded = load_model(out)
+    loaded = load(out)
     assert info.parameters["total"] == loaded.num_parameters()
 
 
 def test_untouched_and_missing_experts_are_named(tmp_path: Path) -> None:
-    model = disturb(craft(load_model(tiny_dense(tmp_path / "dense")), CONFIG))
+    model = disturb(craft(load(tiny_dense(tmp_path / "dense")), CONFIG))
     with torch.no_grad():
         crafted_ffns(model)[0][1].experts.down_proj[2].zero_()
     model.save_pretrained(tmp_path / "out")
@@ -73,7 +73,7 @@ def test_experts_of_another_number_than_promised_are_named(tmp_path: Path) -> No
 
 def test_an_adapter_names_its_base(tmp_path: Path) -> None:
     base = tiny_dense(tmp_path / "dense")
-    model = pesc.add_lora(craft(load_model(base), CONFIG), LoraConfig(r=4, target_modules="all-linear"))
+    model = pesc.add_lora(craft(load(base), CONFIG), LoraConfig(r=4, target_modules="all-linear"))
     pesc.save_adapter(model, tmp_path / "run" / "adapter")
     info = describe(tmp_path / "run")
     assert (info.kind, info.base_model, info.lora["r"]) == ("adapter", str(base), 4)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from checkpoints import tiny_dense
-from pesc.crafting.load import load_config, load_model, load_tokenizer
+from pesc.crafting.load import load, load_tokenizer, locate
 from pesc.crafting.sources import resolve
 
 
 def test_folders_load_and_remember_their_name(tmp_path: Path) -> None:
     folder = tiny_dense(tmp_path / "dense")
     assert resolve(folder) == folder
-    assert load_model(folder).config.name_or_path == str(folder)
+    assert load(folder).config.name_or_path == str(folder)
     assert load_tokenizer(folder).pad_token == "<|pad|>"
 
 
@@ -32,10 +32,10 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 def test_an_empty_folder_and_a_broken_config(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
-        load_config(tmp_path)
+        locate(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):
-        load_config(tmp_path)
+        locate(tmp_path)
 
 
 def test_missing_and_truncated_weights(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_missing_and_truncated_weights(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged or cut short"):
-        load_model(folder)
+        load(folder)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=str(folder)):
-        load_model(folder)
+        load(folder)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from checkpoints import tiny_dense
 from families import disturb
 from pesc import PescConfig, craft
-from pesc.crafting.load import load_model
+from pesc.crafting.load import load
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -24,7 +24,7 @@ def nf4() -> BitsAndBytesConfig:
 
 
 def test_a_crafted_folder_loads_with_its_experts_whole(tmp_path: Path) -> None:
-    model = disturb(craft(load_model(tiny_dense(tmp_path / "dense")), CONFIG))
+    model = disturb(craft(load(tiny_dense(tmp_path / "dense")), CONFIG))
     model.save_pretrained(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=nf4(), dtype=torch.float32)
     _, ffn = crafted_ffns(loaded)[0]
@@ -36,7 +36,7 @@ def test_a_crafted_folder_loads_with_its_experts_whole(tmp_path: Path) -> None:
 
 def test_a_quantized_model_is_crafted_with_identity_at_birth(tmp_path: Path) -> None:
     folder = tiny_dense(tmp_path / "dense")
-    dense = load_model(folder, dtype=torch.float32, quantization_config=nf4())
+    dense = load(folder, dtype=torch.float32, quantization_config=nf4())
     before = dense(IDS).logits
     crafted = craft(dense, CONFIG)
     assert torch.equal(crafted(IDS).logits, before)

@@ -11,7 +11,7 @@ import torch
 from checkpoints import tiny_dense, write_rows
 from families import disturb
 from pesc import PescConfig, craft
-from pesc.crafting.load import load_model, load_tokenizer
+from pesc.crafting.load import load, load_tokenizer
 from pesc.data.chat import encode_messages
 from pesc.data.formats import read_rows
 from pesc.evaluation.held_out import RowScore, Scores, paired_difference, score_rows
@@ -21,7 +21,7 @@ from pesc.evaluation.samples import generate_answers
 @pytest.fixture
 def setting(tmp_path: Path):
     folder = tiny_dense(tmp_path / "dense")
-    model = disturb(craft(load_model(folder), PescConfig(num_experts=4, adapter_dim=8)))
+    model = disturb(craft(load(folder), PescConfig(num_experts=4, adapter_dim=8)))
     return model, load_tokenizer(folder), read_rows(write_rows(tmp_path / "rows.jsonl"))
 
 

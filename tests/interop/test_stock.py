@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 import pesc
 from families import tokens
-from pesc.interop.exporter import export
-from pesc.interop.limits import TARGETS
+from pesc.interop.formats import FORMATS, export
 from pesc.interop.stock import DEFAULT_FORMAT
 from published import GATED, NO_WINDOW, ROPES, crafted, disturbed
 
@@ -127,7 +126,7 @@ def test_stock_chooses_the_architecture_of_the_family(family: str, tmp_path: Pat
     ours = disturbed(tmp_path, family, NO_WINDOW if family == "mistral" else {})
     theirs = export(ours, tmp_path / "theirs", "stock")
     assert json.loads((theirs / "config.json").read_text())["model_type"] == DEFAULT_FORMAT[family]
-    assert DEFAULT_FORMAT[family] in TARGETS
+    assert DEFAULT_FORMAT[family] in FORMATS
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], str]] = {

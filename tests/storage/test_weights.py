@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pesc.interop.published.importer import import_checkpoint
+from pesc.interop.formats import import_checkpoint
 from pesc.storage import weights
 from pesc.storage.weights import Weights
 from published import Checkpoint

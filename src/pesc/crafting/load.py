@@ -1,89 +1,208 @@
-"""Find and load models by name: a folder, a hub id, or the embedded default."""
+"""A model on disk as one object: every verb begins with `locate`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.config import PescConfig
-from pesc.crafting.adapter import ADAPTER_JSON, load_adapter_weights, read_settings
+from pesc.crafting.adapter import ADAPTER_JSON, AdapterSettings, adapter_weights, load_adapter_weights
+from pesc.crafting.configuration import MODEL_TYPE, crafted_config
 from pesc.crafting.craft import craft
-from pesc.crafting.lora import add_lora
+from pesc.crafting.lora import adapter_tensors, add_lora, fold
+from pesc.crafting.skeleton import differences_from, skeleton_of
 from pesc.crafting.sources import resolve
-from pesc.crafting.surgery import crafted_ffns
+from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.files import read_json
-from pesc.storage.weights import weights_hash
+from pesc.storage.weights import Weights, weights_hash
+
+Kind = Literal["dense", "crafted", "adapter"]
+RECIPE = "recipe.yaml"
 
 
-def load_config(model: str | Path) -> Any:
-    """The transformers config of a model, dense or crafted.
+@dataclass(frozen=True)
+class ModelRef:
+    """A model on disk; `locate` makes one. Files are read when they are asked for.
 
-    Raises:
-        FileNotFoundError, ValueError: as `resolve` and `read_json` do, and for types that transformers does not know.
+    An adapter's base is another `ModelRef`; of every other model, `base` is itself.
     """
-    folder = resolve(model)
-    read_json(folder / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no config that transformers can read: {error}") from error
-    config.name_or_path = str(model)
-    return config
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    """Its own files: of an adapter, the adapter's folder."""
+    kind: Kind
+    """"dense" is every folder with a config.json that is not a crafted model's."""
+    base_name: str | None = None
+    """The caller's word for the place of an adapter's base, if it moved."""
+
+    @cached_property
+    def settings(self) -> AdapterSettings:
+        """What an adapter's adapter.json says.
+
+        Raises:
+            FileNotFoundError, ValueError: as `AdapterSettings.read` does.
+        """
+        return AdapterSettings.read(self.folder)
+
+    @cached_property
+    def base(self) -> ModelRef:
+        """The model with the dense weights and the tokenizer.
+
+        Raises:
+            FileNotFoundError: an adapter's base is not there.
+        """
+        if self.kind != "adapter":
+            return self
+        base = self.base_name or self.settings.base_model
+        try:
+            return locate(base)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.folder} needs its base {base} (sha256 {self.settings.base_sha256[:12]}…), which is not there: "
+                f"{error}; if it moved, say where: pesc.load(…, base=…)"
+            ) from error
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config of the model as it will be: with experts, if it has some.
+
+        Raises:
+            FileNotFoundError, ValueError: the config is not there, or transformers cannot read it.
+        """
+        if self.kind != "adapter":
+            return _read_config(self.folder, self.name)
+        dense = self.base.config
+        if self.settings.pesc is None or self.base.kind == "crafted":
+            return dense
+        return crafted_config(dense, self.settings.pesc)
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of the run that made an adapter, with its recipe; None if there is none."""
+        places = (self.folder, self.folder.parent) if self.kind == "adapter" else ()
+        holds = (place for place in places if place == self.folder or place / "adapter" == self.folder)
+        return next((place for place in holds if (place / RECIPE).is_file()), None)
+
+    @property
+    def pesc_config(self) -> PescConfig | None:
+        """The method's settings; None for a dense model."""
+        return self.config.method if self.config.model_type == MODEL_TYPE else None
+
+    def skeleton(self, *, folded: bool = True) -> PreTrainedModel:
+        """The model on the meta device.
+
+        Args:
+            folded: without LoRA.
+        """
+        model = skeleton_of(self.config)
+        if not folded and self.kind == "adapter" and self.settings.lora:
+            add_lora(model, LoraConfig(**self.settings.lora))
+        return model
+
+    def differences(self, weights: Weights | None = None) -> TensorDifferences:
+        """How its files differ from what its config, or an adapter's settings, promise.
+
+        Args:
+            weights: its own files, if they are open already.
+        """
+        weights, skeleton = weights or self.weights(), self.skeleton(folded=False)
+        if self.kind != "adapter":
+            return differences_from(skeleton, weights)
+        expected = {name: tuple(tensor.shape) for name, tensor in adapter_tensors(skeleton).items()}
+        return compare_tensors(expected, weights.shapes)
+
+    def weights(self) -> Weights:
+        """The tensors of its own files: of an adapter, without the base's.
+
+        Raises:
+            FileNotFoundError, ValueError: as `Weights` does.
+        """
+        return adapter_weights(self.folder) if self.kind == "adapter" else Weights(self.folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, padding set for training and generation.
+
+        Raises:
+            FileNotFoundError: the model has none.
+        """
+        folder = self.base.folder
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({error})") from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load(self, *, folded: bool = False, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+        """The model in memory, in eval mode.
+
+        Args:
+            folded: merge an adapter's LoRA into the dense weights.
+            dtype: of the base and the experts; "auto" for the base checkpoint's own.
+            kwargs: passed to transformers' `from_pretrained` for the base (`device_map`, `quantization_config`, …).
+
+        Raises:
+            FileNotFoundError: the model or its base is not there.
+            ValueError: the base is not the one that the adapter was trained on, or tensors are missing, unknown or
+                misshapen; all of them are listed.
+        """
+        if self.kind != "adapter":
+            return _load_model(self.folder, self.name, dtype, kwargs)
+        self.check_base()
+        model = self.base.load(dtype=dtype, **kwargs)
+        if self.settings.pesc is not None and self.base.kind == "dense":
+            craft(model, self.settings.pesc)
+        if self.settings.lora:
+            add_lora(model, LoraConfig(**self.settings.lora))
+        load_adapter_weights(model, self.folder)
+        return fold(model.eval()) if folded else model.eval()
+
+    def check_base(self) -> None:
+        """Compare the hash of an adapter's base with the one that it was trained on.
+
+        Raises:
+            FileNotFoundError: the base is not there.
+            ValueError: the hashes differ.
+        """
+        wanted, found = self.settings.base_sha256, weights_hash(self.base.folder)
+        if found != wanted:
+            raise ValueError(
+                f"{self.folder} was trained on {self.settings.base_model} with weights of sha256 {wanted[:12]}…, but "
+                f"{self.base.name} now has {found[:12]}…: it needs the weights it was trained on"
+            )
 
 
-def load_model(model: str | Path, *, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
-    """Load a causal LM, dense or crafted, by folder, hub id or the embedded name.
+def locate(path: str | Path, *, base: str | Path | None = None, pickled: bool = False) -> ModelRef:
+    """The model that a path or name means.
 
     Args:
-        model: see `resolve`.
-        dtype: "auto" for the checkpoint's own.
-        kwargs: passed to transformers' `from_pretrained` (`device_map`, `quantization_config`, …).
-
-    Returns:
-        The model in eval mode; its `config.name_or_path` is the name it was asked for by.
+        path: a run's folder, an adapter's folder, a crafted or dense model's folder, a hub id, or the embedded
+            default's name.
+        base: the place of an adapter's base, if it moved; its weights must be the same.
+        pickled: of a hub model without safetensors, download the `.bin` files.
 
     Raises:
-        FileNotFoundError, ValueError: when it is not there, or not whole.
+        FileNotFoundError: there is no such model.
+        ValueError: its config is no JSON object.
     """
-    folder = resolve(model)
-    read_json(folder / "config.json")
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-    except OSError as error:
-        raise FileNotFoundError(f"{folder}: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        if "safetensor" in type(error).__name__.lower():
-            raise ValueError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
-        raise
-    loaded.config.name_or_path = str(model)
-    return loaded.eval()
-
-
-def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder, padding set for training and generation.
-
-    Raises:
-        FileNotFoundError: when the model has none.
-    """
-    folder = resolve(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({error})") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    given = Path(path).expanduser()
+    # A base may have been trained into a run of its own name: its config.json says that it is a model itself.
+    places = (given,) if (given / "config.json").is_file() else (given, given / "adapter")
+    for folder in places:
+        if (folder / ADAPTER_JSON).is_file():
+            return ModelRef(str(path), folder, "adapter", None if base is None else str(base))
+    folder = resolve(path, pickled=pickled)
+    crafted = read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+    return ModelRef(str(path), folder, "crafted" if crafted else "dense")
 
 
 def load(
@@ -92,9 +211,8 @@ def load(
     """Load any model of this package with one call.
 
     Args:
-        path: a run's folder, an adapter folder (its base is loaded and crafted first), a crafted or dense model's
-            folder, a hub id, or the embedded default's name.
-        base: where an adapter's base is now, if not where it was; its weights must be the same.
+        path: as for `locate`; of an adapter, its base is loaded and crafted first.
+        base: the place of an adapter's base, if it moved; its weights must be the same.
         dtype: of the base and the experts; "auto" for the base checkpoint's own.
         kwargs: passed to transformers' `from_pretrained` for the base.
 
@@ -102,51 +220,37 @@ def load(
         The model in eval mode. LoRA stays apart: `fold` merges it.
 
     Raises:
-        FileNotFoundError: when the path or the base is not there.
-        ValueError: when the base is not the one the adapter was trained on, or tensors are missing, unknown or
-            misshapen; all of them are listed.
+        FileNotFoundError, ValueError: as `locate` and `ModelRef.load` do.
     """
-    folder = find_adapter(path)
-    if folder is None:
-        return load_model(path, dtype=dtype, **kwargs)
-    settings = read_settings(folder)
-    base = _checked_base(folder, settings, base)
-    model = load_model(base, dtype=dtype, **kwargs)
-    if settings["pesc"] and not crafted_ffns(model):
-        craft(model, PescConfig.from_dict(settings["pesc"]))
-    if settings["lora"]:
-        add_lora(model, LoraConfig(**settings["lora"]))
-    load_adapter_weights(model, folder)
-    return model.eval()
+    return locate(path, base=base).load(dtype=dtype, **kwargs)
 
 
-def _checked_base(folder: Path, settings: dict[str, Any], base: str | Path | None) -> str | Path:
-    base = base or settings["base_model"]
-    wanted = settings["base_sha256"]
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of any model that `locate` finds, padding set for training and generation.
+
+    Raises:
+        FileNotFoundError: there is no such model, or it has no tokenizer.
+    """
+    return locate(path).tokenizer()
+
+
+def _read_config(folder: Path, name: str) -> Any:
     try:
-        found = weights_hash(resolve(base))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} needs its base {base} (sha256 {wanted[:12]}…), which is not there: {error}; if it moved, say "
-            "where: pesc.load(…, base=…)"
-        ) from error
-    if found != wanted:
-        raise ValueError(
-            f"{folder} was trained on {settings['base_model']} with weights of sha256 {wanted[:12]}…, but {base} now "
-            f"has {found[:12]}…: it needs the weights it was trained on"
-        )
-    return base
+        config = AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no config that transformers can read: {error}") from error
+    config.name_or_path = name
+    return config
 
 
-def find_adapter(path: str | Path) -> Path | None:
-    """The adapter folder that a path means: itself, or the `adapter` folder of a run; None where it is neither."""
-    for folder in (Path(path).expanduser(), Path(path).expanduser() / "adapter"):
-        if (folder / ADAPTER_JSON).is_file():
-            return folder
-    return None
-
-
-def base_of(path: str | Path) -> str:
-    """The name of the model that holds a path's tokenizer and dense weights: an adapter's base, or the path itself."""
-    folder = find_adapter(path)
-    return str(path) if folder is None else read_settings(folder)["base_model"]
+def _load_model(folder: Path, name: str, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+    except OSError as error:
+        raise FileNotFoundError(f"{folder}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if "safetensor" in type(error).__name__.lower():
+            raise ValueError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
+        raise
+    loaded.config.name_or_path = name
+    return loaded.eval()

@@ -25,6 +25,7 @@ from pesc.crafting.surgery import add_experts, crafted_ffns
 from pesc.method.extend import Extension, extend_class
 from pesc.method.losses import router_losses
 from pesc.method.routing import record_router_logits
+from pesc.storage.compare import TensorDifferences
 
 
 class PescBackbone(Extension, PreTrainedModel):
@@ -83,9 +84,7 @@ class PescForCausalLM(Extension, PreTrainedModel):
             raise ValueError("ignore_mismatched_sizes must be left out: a crafted model loads whole or not at all")
         # With it off, transformers raises at the first kind of problem; the complete list is made below.
         model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-        problems = loading_problems(info)
-        if problems:
-            raise ValueError(f"{args[0] if args else cls.__name__} does not hold this crafted model:\n" + problems)
+        loading_differences(info).refuse(f"{args[0] if args else cls.__name__} does not hold this crafted model")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -197,17 +196,15 @@ def _default(value: bool | None, fallback: bool) -> bool:
     return fallback if value is None else value
 
 
-def loading_problems(info: Any) -> str:
-    """Every mismatch in transformers' loading info, a line each; empty when there is none."""
+def loading_differences(info: Any) -> TensorDifferences:
+    """Every mismatch in transformers' loading info."""
     info = info if isinstance(info, dict) else vars(info)
-    lines = [f"  missing: {key}" for key in sorted(info["missing_keys"])]
-    lines += [f"  unexpected: {key}" for key in sorted(info["unexpected_keys"])]
-    lines += [
-        f"  wrong shape: {key} is {list(found)} in the file, {list(expected)} by the config"
-        for key, found, expected in sorted(info["mismatched_keys"])
-    ]
-    lines += [f"  unreadable: {error}" for error in info.get("error_msgs") or []]
-    return "\n".join(lines)
+    return TensorDifferences(
+        missing=sorted(info["missing_keys"]),
+        unexpected=sorted(info["unexpected_keys"]),
+        misshapen={key: (list(found), list(expected)) for key, found, expected in info["mismatched_keys"]},
+        others=[f"unreadable: {error}" for error in info.get("error_msgs") or []],
+    )
 
 
 def _take_over_renamings(dense: Any, name: str) -> None:

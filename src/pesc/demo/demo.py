@@ -20,7 +20,7 @@ from rich.table import Table
 from pesc.config import PescConfig
 from pesc.crafting.cost import count_parameters
 from pesc.crafting.embedded import EMBEDDED
-from pesc.crafting.load import load, load_tokenizer
+from pesc.crafting.load import load, locate
 from pesc.crafting.lora import fold
 from pesc.crafting.sources import resolve
 from pesc.data.formats import read_rows
@@ -34,20 +34,10 @@ from pesc.training.recipe import LoraSettings, Recipe
 from pesc.training.train import SUMMARY, train
 
 ROWS_PER_DOMAIN = 100
-
-
 HELD_OUT_PER_DOMAIN = 32
-
-
 QUESTIONS_PER_DOMAIN = 2
-
-
 ANSWER_TOKENS = 128
-
-
 BASE, DENSE, PESC = "base", "dense + LoRA", "PESC"
-
-
 _TITLES = {BASE: "base model", DENSE: "dense model with LoRA alone", PESC: "crafted model (PESC)"}
 
 
@@ -124,7 +114,7 @@ def run_demo(output: Path, console: Console) -> Path:
 def _compare(output: Path, recipe: Recipe, mixture: MixtureInfo, console: Console) -> dict[str, Any]:
     rows = read_rows(mixture.held_out)
     questions = [row for domain in DOMAINS for row in _first(rows, domain, QUESTIONS_PER_DOMAIN)]
-    tokenizer = load_tokenizer(EMBEDDED)
+    tokenizer = locate(EMBEDDED).tokenizer()
     scores: dict[str, Scores] = {}
     models, answers = [], {}
     for name, path in ((BASE, EMBEDDED), (DENSE, output / "dense"), (PESC, output)):

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
+from pesc.crafting.load import RECIPE, ModelRef
 from pesc.storage.files import read_json
 
-RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
-_PLACES = ("model", "output", "train_data")
+RESULTS, CARD = "results.json", "README.md"
 
 
 def licence_of(folder: Path) -> str | None:
@@ -19,26 +19,24 @@ def licence_of(folder: Path) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def write_card(target: Path, *, name: str, base: str, base_folder: Path, config: Any, run: Path | None) -> None:
-    """Write README.md into an exported folder.
+def write_card(target: Path, ref: ModelRef) -> None:
+    """Write README.md into an exported folder, named after it.
 
     Args:
         target: the folder.
-        name: of the model.
-        base: the dense model's name: a hub id or a path; empty where nobody knows.
-        base_folder: where the base's own card lies.
-        config: of the exported model, crafted or dense.
-        run: the run's folder, whose recipe.yaml and results.json are quoted where they are there.
+        ref: the model. Its run's recipe.yaml and results.json are quoted, if they are there.
     """
-    recipe = _yaml(run / RECIPE) if run and (run / RECIPE).is_file() else None
+    run, config, base_folder = ref.run, ref.config, ref.base.folder
+    recipe = _yaml(run / RECIPE) if run else None
     results = read_json(run / RESULTS) if run and (run / RESULTS).is_file() else None
-    matter = _matter(base, base_folder, crafted=config.model_type == "pesc")
+    base = ref.base.name if ref.kind == "adapter" else ""
+    matter = _matter(base, base_folder, crafted=ref.pesc_config is not None)
     family = getattr(config, "base_model_type", None) or config.model_type
     shown = matter.get("base_model") or Path(base).name or f"a dense {family} model"
     sections = [
         f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
-        f"# {name}",
-        _what(config, shown),
+        f"# {target.name}",
+        _what(ref, shown),
         _use(),
         _training(recipe, results),
         _results(results),
@@ -84,10 +82,10 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _what(config: Any, base: str) -> str:
-    if config.model_type != "pesc":
+def _what(ref: ModelRef, base: str) -> str:
+    method = ref.pesc_config
+    if method is None:
         return f"Made from {base}: tuned with LoRA, which is folded into the weights."
-    method = config.method
     layers = "every layer" if method.layers is None else f"layers {method.layers}"
     rows = {
         "experts in a layer, of these for each token": f"{method.num_experts}, {method.num_experts_per_tok}",
@@ -116,17 +114,23 @@ def _use() -> str:
 def _training(recipe: dict[str, Any] | None, results: dict[str, Any] | None) -> str:
     if recipe is None:
         return "## Training\n\nNo recipe was found beside the model."
-    # Folders of the machine it was trained on are nobody else's business.
-    shown = {key: Path(str(value)).name if key in _PLACES else value for key, value in recipe.items()}
-    if _is_hub_id(str(recipe.get("model", ""))):
-        shown["model"] = recipe["model"]
-    shown.pop("output", None)
-    data = f"Data: `{shown.get('train_data', 'unknown')}`, learnt on every answer of the assistant."
+    shown = _without_places(recipe)
+    data = f"Data: `{shown.get('data', {}).get('train', 'unknown')}`; every answer of the assistant is trained on."
     origin = (results or {}).get("data", {})
     lines = [f"- {s.get('domain')}: {s.get('source')} ({s.get('licence')})" for s in origin.get("sources", [])]
     lines += [f"- {note}" for note in origin.get("notes", [])]
     listed = "\n\n" + "\n".join(lines) if lines else ""
     return f"## Training\n\n{data}{listed}\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
+
+
+def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without folders of the machine it ran on: they are nobody else's business."""
+    shown = {section: dict(values) if isinstance(values, dict) else values for section, values in recipe.items()}
+    shown.pop("output", None)
+    for section, key in (("model", "name"), ("data", "train")):
+        if isinstance(values := shown.get(section), dict) and not _is_hub_id(str(values.get(key, ""))):
+            values[key] = Path(str(values.get(key, ""))).name
+    return shown
 
 
 def _results(results: dict[str, Any] | None) -> str:

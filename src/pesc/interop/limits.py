@@ -1,13 +1,9 @@
-"""What a foreign format can hold of a crafted model, told from the config before any weight is read."""
+"""What a stock format can hold of a crafted model, told from the config before any weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 NO_MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 """Granite's multipliers where they change nothing; attention_multiplier is head_dim ** -0.5 there."""
@@ -16,25 +12,9 @@ NO_MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logi
 _SCALED_ROPE = ("default", "linear", "yarn", "llama3")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A crafted model opened for export."""
-
-    name: str
-    """As the user gave it."""
-    config: Any
-    """Of the crafted model, LoRA or not."""
-    names: list[str]
-    """Its tensors by their names in transformers; tied ones once."""
-    read: Callable[[str], torch.Tensor]
-    """One tensor by name, LoRA folded in."""
-    folder: Path
-    """Where the tokenizer, the licence and the like lie."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a foreign format can hold of a crafted model."""
+class Limits:
+    """What a format with routed experts beside a shared one can hold of a crafted model."""
 
     bases: tuple[str, ...]
     """Dense families, by model_type."""
@@ -46,13 +26,6 @@ class Target:
     """Experts in some of the layers only."""
     ropes: tuple[str, ...] = _SCALED_ROPE
     """Values of rope_type."""
-
-
-TARGETS = {
-    "granitemoeshared": Target(bases=("llama", "mistral", "granite")),
-    "qwen2_moe": Target(bases=("qwen2", "llama", "mistral"), some_layers=True),
-    "qwen3_next": Target(bases=("qwen3",), any_head_dim=True, some_layers=True),
-}
 
 
 def head_dim_of(config: Any) -> int:
@@ -78,17 +51,17 @@ def multipliers_of(config: Any) -> dict[str, float]:
     return NO_MULTIPLIERS | {"attention_multiplier": head_dim_of(config) ** -0.5}
 
 
-def reasons_against(config: Any, target: Target) -> list[str]:
+def reasons_against(config: Any, limits: Limits) -> list[str]:
     """Why a format cannot hold a crafted model, a reason each; empty where it can.
 
     Args:
         config: the crafted model's; no weights are needed.
-        target: what the format can hold.
+        limits: what the format can hold.
     """
-    return [*_method_reasons(config, target), *_dense_reasons(config, target)]
+    return [*_method_reasons(config, limits), *_dense_reasons(config, limits)]
 
 
-def _method_reasons(config: Any, target: Target) -> list[str]:
+def _method_reasons(config: Any, limits: Limits) -> list[str]:
     method, reasons = config.method, []
     if method.adapter_placement != "parallel" or method.adapter_activation != "swiglu":
         reasons.append(
@@ -100,20 +73,20 @@ def _method_reasons(config: Any, target: Target) -> list[str]:
         if isinstance(value, list) and len(set(value)) > 1:
             reasons.append(f"{name} ({value}) differs between layers, and the format has one for all")
     layers = crafted_layers(config)
-    if len(layers) < config.num_hidden_layers and not target.some_layers:
+    if len(layers) < config.num_hidden_layers and not limits.some_layers:
         reasons.append(f"only layers {layers} have experts, and the format gives every layer some")
     return reasons
 
 
-def _dense_reasons(config: Any, target: Target) -> list[str]:
+def _dense_reasons(config: Any, limits: Limits) -> list[str]:
     family, reasons = config.base_model_type, []
-    if family not in target.bases:
-        return [f"its base is {family}, and the format holds {', '.join(target.bases)}"]
+    if family not in limits.bases:
+        return [f"its base is {family}, and the format holds {', '.join(limits.bases)}"]
     if (activation := config.hidden_act) != "silu":
         reasons.append(f"its FFN's hidden_act is {activation!r}, and the format's must be that of the experts, 'silu'")
     if getattr(config, "mlp_bias", False):
         reasons.append("its FFN has biases (mlp_bias), and the format's has none")
-    if getattr(config, "attention_bias", False) and not target.output_bias:
+    if getattr(config, "attention_bias", False) and not limits.output_bias:
         reasons.append("its attention has biases on the output (attention_bias), and the format's has none")
     if (window := _window(config)) is not None:
         reasons.append(
@@ -121,13 +94,13 @@ def _dense_reasons(config: Any, target: Target) -> list[str]:
             "max_position_embeddings of at most the window the two are the same"
         )
     head_dim, plain = head_dim_of(config), config.hidden_size / config.num_attention_heads
-    if head_dim != plain and not target.any_head_dim:
+    if head_dim != plain and not limits.any_head_dim:
         reasons.append(
             f"its head_dim ({head_dim}) is not hidden_size / num_attention_heads ({plain:g}), as the format's"
         )
     rope = config.rope_parameters or {}
-    if (kind := rope.get("rope_type", "default")) not in target.ropes:
-        reasons.append(f"its rope_type is {kind!r}, and the format holds {', '.join(target.ropes)}")
+    if (kind := rope.get("rope_type", "default")) not in limits.ropes:
+        reasons.append(f"its rope_type is {kind!r}, and the format holds {', '.join(limits.ropes)}")
     if rope.get("partial_rotary_factor", 1) != 1:
         reasons.append(
             f"its partial_rotary_factor is {rope['partial_rotary_factor']}, and the format turns whole heads"

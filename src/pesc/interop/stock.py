@@ -12,15 +12,17 @@ mixture of small experts s * a_i beside a shared expert F. Three architectures o
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pesc.interop.limits import Source, crafted_layers, head_dim_of, multipliers_of, setting_of
-from pesc.storage.files import copy_companions, new_folder
+from pesc.crafting.load import ModelRef
+from pesc.interop.format import Format, Source, open_source
+from pesc.interop.limits import Limits, crafted_layers, head_dim_of, multipliers_of, reasons_against, setting_of
+from pesc.storage.files import copy_companions, write_json
 from pesc.storage.weights import SHARD_BYTES, ShardWriter
 
 DEFAULT_FORMAT = {
@@ -38,35 +40,22 @@ _COMMON_FIELDS = (
 )
 
 
-def export_stock(source: Source, out: Path, model_type: str) -> Path:
+def _write(ref: ModelRef, out: Path, model_type: str) -> None:
     """Write a crafted model as a stock architecture; no code of ours is needed to load it.
 
     Weights are read and written one at a time. Their values stay, but for adapter_scaling, which is multiplied into
-    the experts' last matrices, and what the table above says; both in fp32, rounded to the weights' own dtype.
-
-    Args:
-        source: a model that `reasons_against` has nothing against.
-        out: a folder that does not exist yet.
-        model_type: "granitemoeshared", "qwen2_moe" or "qwen3_next".
-
-    Returns:
-        `out`, with the base's tokenizer, generation settings and licence.
-
-    Raises:
-        FileExistsError: when `out` is there already.
+    the experts' last matrices, and for the changes in the table above; both in fp32, rounded to the weights' dtype.
     """
-    tensors, values = _WRITERS[model_type]
+    source, (tensors, values) = open_source(ref), _WRITERS[model_type]
     dtype = str(source.read(source.names[0]).dtype).removeprefix("torch.")
-    with new_folder(out) as partial:
-        writer = ShardWriter(partial, SHARD_BYTES)
-        for name, tensor in tensors(source):
-            writer.add(name, tensor)
-        writer.finish()
-        # Programs disagree on the name of this field.
-        config = _common_config(source.config) | values(source.config) | {"dtype": dtype, "torch_dtype": dtype}
-        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        copy_companions(source.folder, partial)
-    return out
+    writer = ShardWriter(out, SHARD_BYTES)
+    for name, tensor in tensors(source):
+        writer.add(name, tensor)
+    writer.finish()
+    # Programs disagree on the name of this field.
+    config = _common_config(source.config) | values(source.config) | {"dtype": dtype, "torch_dtype": dtype}
+    write_json(out / "config.json", config, sort_keys=True)
+    copy_companions(source.folder, out)
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
@@ -213,3 +202,16 @@ _WRITERS = {
     "qwen2_moe": (_qwen2_tensors, _qwen2_config),
     "qwen3_next": (_qwen3_tensors, _qwen3_config),
 }
+_LIMITS = {
+    "granitemoeshared": Limits(bases=("llama", "mistral", "granite")),
+    "qwen2_moe": Limits(bases=("qwen2", "llama", "mistral"), some_layers=True),
+    "qwen3_next": Limits(bases=("qwen3",), any_head_dim=True, some_layers=True),
+}
+STOCK = [
+    Format(
+        name=name,
+        reasons_against=lambda ref, limits=limits: reasons_against(ref.config, limits),  # type: ignore[misc]
+        write=functools.partial(_write, model_type=name),
+    )
+    for name, limits in _LIMITS.items()
+]

@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from pesc.crafting.load import base_of, load, load_tokenizer
-from pesc.crafting.lora import fold
+from pesc.crafting.load import locate
 from pesc.data.chat import render
 from pesc.machine.quiet import quiet_libraries
 
@@ -99,9 +98,10 @@ def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
     if settings.get("temperature", 0.0) < 0 or settings.get("max_new_tokens", 1) < 1:
         raise ValueError("temperature must be at least 0 and max_new_tokens at least 1")
     with quiet_libraries():
-        tokenizer = load_tokenizer(base_of(model))
+        ref = locate(model)
+        tokenizer = ref.tokenizer()
         render([{"role": "user", "content": ""}], tokenizer)
-        loaded = fold(load(model))
+        loaded = ref.load(folded=True)
     if torch.cuda.is_available():
         loaded.to("cuda")
     chat = Chat(loaded, tokenizer, console, **settings)

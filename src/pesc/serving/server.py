@@ -16,9 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from pesc.crafting.load import base_of, find_adapter, load, load_config, load_tokenizer
-from pesc.crafting.lora import fold
-from pesc.crafting.sources import resolve
+from pesc.crafting.load import ModelRef, locate
 from pesc.machine.quiet import quiet_libraries
 
 Engine = Literal["auto", "vllm", "transformers"]
@@ -54,7 +52,8 @@ def serve(
         raise ValueError("engine ('vllm') is not installed here: pip install vllm, or use engine='transformers'")
     if not use_vllm:
         _check_packages()
-    resolve(base_of(model))
+    ref = locate(model)
+    _ = ref.base
     with _bind(host, port) as listener:
         if api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             print(f"warning: everyone who reaches {host} can use this model: set --api-key", file=sys.stderr)
@@ -62,9 +61,9 @@ def serve(
             # vLLM binds the address itself; here it was only tried, before minutes of loading.
             port = listener.getsockname()[1]
             listener.close()
-            _serve_by_vllm(model, host, port, api_key)
+            _serve_by_vllm(ref, host, port, api_key)
         else:
-            _serve_by_transformers(model, listener, api_key)
+            _serve_by_transformers(ref, listener, api_key)
 
 
 def _check_packages() -> None:
@@ -90,16 +89,16 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _name(model: str | Path) -> str:
-    return Path(os.path.abspath(Path(model).expanduser())).name
+def _name(model: ModelRef) -> str:
+    return Path(os.path.abspath(Path(model.name).expanduser())).name
 
 
-def _load(model: str | Path) -> tuple[Any, Any]:
+def _load(model: ModelRef) -> tuple[Any, Any]:
     with quiet_libraries():
-        return fold(load(model)), load_tokenizer(base_of(model))
+        return model.load(folded=True), model.tokenizer()
 
 
-def _serve_by_transformers(model: str | Path, listener: socket.socket, api_key: str | None) -> None:
+def _serve_by_transformers(model: ModelRef, listener: socket.socket, api_key: str | None) -> None:
     import uvicorn
     from transformers.utils import logging
 
@@ -119,9 +118,9 @@ def _serve_by_transformers(model: str | Path, listener: socket.socket, api_key: 
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def _serve_by_vllm(model: str | Path, host: str, port: int, api_key: str | None) -> None:
-    if find_adapter(model) is None:
-        _run_vllm(resolve(model), _name(model), host, port, api_key)
+def _serve_by_vllm(model: ModelRef, host: str, port: int, api_key: str | None) -> None:
+    if model.kind != "adapter":
+        _run_vllm(model.folder, _name(model), host, port, api_key)
         return
     with tempfile.TemporaryDirectory(prefix="pesc-serve-") as folder:
         loaded, tokenizer = _load(model)
@@ -134,7 +133,7 @@ def _serve_by_vllm(model: str | Path, host: str, port: int, api_key: str | None)
 def _run_vllm(folder: Path, name: str, host: str, port: int, api_key: str | None) -> None:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--served-model-name", name, "--host", host, "--port", str(port)]
-    if load_config(folder).dtype == torch.float32:
+    if locate(folder).config.dtype == torch.float32:
         command += ["--dtype", "float32"]  # of itself, vLLM rounds such weights to bfloat16
     # Not on the command line, where every user of the machine can read it.
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key is not None else {})

@@ -6,9 +6,12 @@ import importlib.util
 import os
 from pathlib import Path
 
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_PICKLED = ["*.json", "*.model", "pytorch_model*.bin"]
+
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """The folder of what is made or fetched once: ``cache``, else ``$PESC_CACHE``, else ``~/.cache/pesc``.
+    """The folder for what is made or fetched once: `cache`, else `$PESC_CACHE`, else `~/.cache/pesc`.
 
     The folder need not exist yet.
     """
@@ -21,7 +24,7 @@ def package_folder(package: str, install: str) -> Path:
     """The folder of an installed package, found without importing it.
 
     Args:
-        package: the name one would import.
+        package: its import name.
         install: the command that installs it, quoted in the error.
 
     Raises:
@@ -33,16 +36,24 @@ def package_folder(package: str, install: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+def download(model: str, way_out: str, *, pickled: bool = False) -> Path:
+    """The local snapshot of a hub model: configs, tokenizer and safetensors.
 
+    Args:
+        model: hub id, such as org/name.
+        way_out: what else can be given, quoted in the error.
+        pickled: also take `.bin` files if the model has no safetensors.
 
-def download(model: str) -> Path:
+    Raises:
+        FileNotFoundError: for an invalid id, or one that the hub does not provide.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    way_out = "give a folder with a config.json, a hub id such as org/name, or smollm2-135m-instruct"
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES))
+        folder = Path(snapshot_download(model, allow_patterns=_FILES))
+        if pickled and not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(model, allow_patterns=_PICKLED))
     except HFValidationError as error:
         raise FileNotFoundError(f"{model}: no such folder, and no valid hub id; {way_out}") from error
     except Exception as error:
@@ -50,3 +61,4 @@ def download(model: str) -> Path:
         raise FileNotFoundError(
             f"{model}: no such folder, and the hub did not provide it ({reason}); {way_out}"
         ) from error
+    return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -13,23 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from pesc.storage.files import read_json
+from pesc.storage.files import read_json, write_json
 
-BIN_INDEX = "pytorch_model.bin.index.json"
-
-
-BIN_SINGLE = "pytorch_model.bin"
-
-
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD_BYTES = 2 * 1024**3
-
-
 REOPEN_BYTES = 256 * 1024**2
 """After so many bytes read, a safetensors file is opened anew: its pages stay with the process while it is open."""
-
-
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 
 
@@ -49,24 +40,39 @@ class Weights:
     Nothing but tensors is ever read: `.bin` files go through torch's restricted unpickler, which runs no
     code.
 
+    Args:
+        folder: the checkpoint's.
+        files: those to read; by default `weight_files` of the folder.
+        pickled: take `.bin` files if there are no safetensors.
+
     Raises:
         FileNotFoundError: when there are no weight files, or the index names one that is missing.
         ValueError: for a file that is damaged, cut short, or holds more than tensors.
     """
 
-    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
+    def __init__(self, folder: Path, files: list[Path] | None = None, *, pickled: bool = True) -> None:
         self.folder = folder
-        self.files = weight_files(folder) if files is None else files
+        self.files = weight_files(folder, pickled=pickled) if files is None else files
         self.tensors: dict[str, TensorInfo] = {}
         self._open: tuple[Path, Any] | None = None
         self._touched = 0
         for file in self.files:
-            self.tensors |= self._list(file)
+            for name, info in self._list(file).items():
+                if name in self.tensors:
+                    raise ValueError(f"{name} lies in both {self.tensors[name].file} and {file}: one must go")
+                self.tensors[name] = info
+        if files is None:
+            self._keep_indexed()
 
     @property
-    def largest_file(self) -> int:
-        """Bytes of the largest file."""
-        return max(file.stat().st_size for file in self.files)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def file_sizes(self) -> list[int]:
+        """Bytes of each file."""
+        return [file.stat().st_size for file in self.files]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, mapped from its file; only `.bin` files of the oldest format lie whole in memory."""
@@ -80,6 +86,16 @@ class Weights:
         if self._touched > REOPEN_BYTES and not isinstance(tensors, dict):
             self._open = None
         return tensor
+
+    def _keep_indexed(self) -> None:
+        index = {".bin": BIN_INDEX}.get(self.files[0].suffix, INDEX)
+        if self.files[0].name in (SINGLE, BIN_SINGLE):
+            return
+        named = _weight_map(self.folder / index)
+        absent = sorted(name for name in named if name not in self.tensors)
+        if absent:
+            raise ValueError(f"the files of {self.folder} lack {', '.join(absent[:8])}, named by {index}")
+        self.tensors = {name: info for name, info in self.tensors.items() if name in named}
 
     def _list(self, file: Path) -> dict[str, TensorInfo]:
         tensors = self._opened(file)
@@ -102,26 +118,42 @@ class Weights:
         return self._open[1]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors, safetensors before `.bin`.
+def weight_files(folder: Path, *, pickled: bool = True) -> list[Path]:
+    """The files that hold a checkpoint's tensors, as transformers chooses them: one file before an index.
+
+    Args:
+        folder: the checkpoint's.
+        pickled: take `.bin` files if there are no safetensors.
 
     Raises:
         FileNotFoundError: when there are none, or the index names one that is missing.
         ValueError: for an index that is none, or that names files outside the folder.
     """
-    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
-        names = sorted(set(read_weight_map(folder).values()))
-    elif (folder / BIN_INDEX).is_file():
-        weight_map = read_json(folder / BIN_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / BIN_INDEX} has no weight_map: download it again")
-        names = sorted(set(weight_map.values()))
-    elif (folder / BIN_SINGLE).is_file():
-        names = [BIN_SINGLE]
-    else:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _indexed(folder, INDEX)
+    if pickled and (folder / BIN_INDEX).is_file():
+        return _indexed(folder, BIN_INDEX)
+    if pickled and (folder / BIN_SINGLE).is_file():
+        return [folder / BIN_SINGLE]
+    if not pickled and any(folder.glob("*.bin")):
         raise FileNotFoundError(
-            f"{folder} holds none of {SINGLE}, {INDEX}, {BIN_SINGLE}, {BIN_INDEX}: no checkpoint's weights"
+            f"{folder} holds neither {SINGLE} nor {INDEX} (.bin files are pickles: save the model again as safetensors)"
         )
+    names = [SINGLE, INDEX, *([BIN_SINGLE, BIN_INDEX] if pickled else [])]
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}: no checkpoint's weights")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} is no index of a checkpoint, it has no weight_map: download it again")
+    return weight_map
+
+
+def _indexed(folder: Path, index: str) -> list[Path]:
+    names = sorted(set(_weight_map(folder / index).values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"the index of {folder} names {', '.join(outside)}: files must lie in the folder itself")
@@ -129,6 +161,25 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download them again")
     return [folder / name for name in names]
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 of a checkpoint's safetensors files, their bytes in the order of their names.
+
+    Raises:
+        FileNotFoundError, ValueError: as `weight_files` does.
+    """
+    return _hash_files(tuple((str(file), file.stat().st_mtime_ns) for file in weight_files(folder, pickled=False)))
+
+
+@functools.lru_cache
+def _hash_files(stamps: tuple[tuple[str, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _ in stamps:
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 class ShardWriter:
@@ -167,7 +218,7 @@ class ShardWriter:
                 "metadata": {"total_size": self._total},
                 "weight_map": dict(sorted(weight_map.items())),
             }
-            (self._folder / INDEX).write_text(json.dumps(index_values, indent=2) + "\n")
+            write_json(self._folder / INDEX, index_values)
 
     def _flush(self) -> None:
         save_file(self._pending, self._folder / f"shard-{len(self._shards)}", {"format": "pt"})
@@ -213,81 +264,3 @@ def _first_line(error: Exception) -> str:
 
 def _damaged(file: Path, reason: Any) -> ValueError:
     return ValueError(f"{file} is damaged or cut short ({reason}): download it again")
-
-
-INDEX = "model.safetensors.index.json"
-
-
-SINGLE = "model.safetensors"
-
-
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Which file of a checkpoint holds each tensor.
-
-    Raises:
-        FileNotFoundError: when there are no safetensors files, or the index names one that is missing.
-        ValueError: when a file is damaged.
-    """
-    if (folder / INDEX).is_file():
-        try:
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{folder / INDEX} is no index of a checkpoint ({error}): download it again") from error
-    elif (folder / SINGLE).is_file():
-        weight_map = dict.fromkeys(tensor_names(folder / SINGLE), SINGLE)
-    else:
-        pickled = " (.bin files are pickles: save the model again as safetensors)" if list(folder.glob("*.bin")) else ""
-        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}{pickled}")
-    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download them again")
-    return weight_map
-
-
-def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file.
-
-    Raises:
-        ValueError: when the file is damaged or cut short.
-    """
-    try:
-        with safe_open(file, "pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}): download it again") from error
-
-
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        FileNotFoundError: when it is not there.
-        ValueError: when it is damaged or cut short.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} holds no {file.name}: the folder is not whole")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error})") from error
-
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 of a checkpoint's weights: its safetensors files' bytes, in the order of their names.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_weight_map` does.
-    """
-    files = sorted(set(read_weight_map(folder).values()))
-    stamps = tuple((str(folder / file), (folder / file).stat().st_mtime_ns) for file in files)
-    return _hash_files(stamps)
-
-
-@functools.lru_cache
-def _hash_files(stamps: tuple[tuple[str, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for path, _ in stamps:
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

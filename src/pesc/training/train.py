@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from pesc.crafting.adapter import load_adapter_weights, save_adapter
 from pesc.crafting.craft import craft
-from pesc.crafting.load import load_model, load_tokenizer
+from pesc.crafting.load import locate
 from pesc.crafting.lora import add_lora, train_experts
 from pesc.crafting.surgery import crafted_ffns
 from pesc.data.chat import encode_rows
@@ -59,7 +59,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         console.print(f"{recipe.output} holds this run, complete: nothing to do")
         return adapter
     keep_freed_memory()
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = locate(recipe.model).tokenizer()
     rows = _encoded_rows(recipe, tokenizer, console)
     with quiet_libraries():
         model = build_model(recipe)
@@ -103,7 +103,7 @@ def _build_trainer(
 def build_model(recipe: Recipe) -> PreTrainedModel:
     """The model of a recipe as it starts to train: crafted, with LoRA, all else frozen."""
     set_seed(recipe.seed)
-    model = load_model(recipe.model, dtype=recipe.dtype)
+    model = locate(recipe.model).load(dtype=recipe.dtype)
     if crafted_ffns(model):
         if recipe.method not in (None, model.config.method):
             raise ValueError(

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from checkpoints import CHATML, tiny_tokenizer
-from pesc.interop.exporter import export
+from pesc.interop.formats import export
 from pesc.interop.gguf import vocabulary as gguf_vocab
 from pesc.interop.verify.verify import verify
 from published import GATED, NO_WINDOW, ROPES, crafted, disturbed

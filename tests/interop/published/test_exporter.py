@@ -13,9 +13,8 @@ from transformers import LlamaConfig
 import oracle
 import pesc
 from families import tokens
-from pesc.interop.published import exporter as foreign_export
-from pesc.interop.published.exporter import export_layout
-from pesc.interop.published.importer import import_checkpoint
+from pesc.interop.formats import export, import_checkpoint
+from pesc.interop.published import exporter
 from pesc.interop.published.layouts import config_from, detect
 from published import CAMELIDAE, FIXTURES, SPARSETRAL, crafted
 
@@ -54,7 +53,7 @@ def _round_trip(layout: str, family: str, dense: dict, back: str, folder: Path, 
             if name.endswith("bias"):
                 parameter.normal_()
     model.save_pretrained(folder / "ours")
-    theirs = export_layout(folder / "ours", folder / "theirs", layout)
+    theirs = export(folder / "ours", folder / "theirs", layout)
     again = import_checkpoint(theirs, folder / "again")
     first, second = load_file(folder / "ours" / "model.safetensors"), load_file(again / "model.safetensors")
     assert first.keys() == second.keys()
@@ -94,7 +93,7 @@ def test_other_settings_survive(method: dict, layout: str, tmp_path: Path) -> No
 def test_bf16_stays_bf16(tmp_path: Path) -> None:
     model = crafted(tmp_path / "a").bfloat16()
     model.save_pretrained(tmp_path / "ours")
-    theirs = export_layout(tmp_path / "ours", tmp_path / "theirs", "camelidae")
+    theirs = export(tmp_path / "ours", tmp_path / "theirs", "camelidae")
     values = json.loads((theirs / "config.json").read_text())
     assert (values["torch_dtype"], values["moe_dtype"]) == ("bfloat16", "bfloat16")
     assert {tensor.dtype for tensor in load_file(theirs / "model.safetensors").values()} == {torch.bfloat16}
@@ -106,7 +105,7 @@ def test_an_imported_model_goes_back_key_for_key(fixture: Path, tmp_path: Path) 
     layout = fixture.name.split("-")[0]
     model = pesc.load(import_checkpoint(fixture, tmp_path / "ours"))
     model.save_pretrained(tmp_path / "saved")
-    theirs = export_layout(tmp_path / "saved", tmp_path / "theirs", layout)
+    theirs = export(tmp_path / "saved", tmp_path / "theirs", layout)
     first, second = load_file(fixture / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first)
@@ -121,7 +120,7 @@ def test_what_changed_since_the_import_is_in_the_config(tmp_path: Path) -> None:
     values["eos_token_id"] = 7
     values["rope_parameters"]["rope_theta"] = 5e4
     path.write_text(json.dumps(values))
-    theirs = json.loads((export_layout(folder, tmp_path / "theirs", "camelidae") / "config.json").read_text())
+    theirs = json.loads((export(folder, tmp_path / "theirs", "camelidae") / "config.json").read_text())
     source = json.loads((CAMELIDAE / "config.json").read_text())
     assert theirs == source | {"topk": 3, "eos_token_id": 7, "rope_theta": 5e4}
 
@@ -131,14 +130,14 @@ def test_published_configs_come_back_as_they_were(file: Path) -> None:
     values = json.loads(file.read_text())
     layout = detect(values, [])
     config = config_from(values, layout, [])
-    returned = foreign_export._returned_config(config, layout, config.imported_from, [], "bfloat16")
+    returned = exporter._returned_config(config, layout, config.imported_from, [], "bfloat16")
     assert returned == values
 
 
 def test_shards_hold_what_one_file_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crafted(tmp_path / "ours")
-    monkeypatch.setattr(foreign_export, "SHARD_BYTES", 20_000)
-    theirs = export_layout(tmp_path / "ours", tmp_path / "theirs", "camelidae")
+    monkeypatch.setattr(exporter, "SHARD_BYTES", 20_000)
+    theirs = export(tmp_path / "ours", tmp_path / "theirs", "camelidae")
     files = list(theirs.glob("*.safetensors"))
     assert len(files) > 3
     assert all(file.stat().st_size < 30_000 for file in files)
@@ -166,7 +165,7 @@ def test_what_a_layout_cannot_hold_is_refused_with_a_way_out(
 ) -> None:
     crafted(tmp_path / "ours", family, dense, **method)
     with pytest.raises(ValueError, match=reason):
-        export_layout(tmp_path / "ours", tmp_path / "theirs", layout)
+        export(tmp_path / "ours", tmp_path / "theirs", layout)
     assert not (tmp_path / "theirs").exists()
 
 
@@ -176,9 +175,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.experts.down_proj"]
     save_file(tensors, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.experts\.down_proj"):
-        export_layout(tmp_path / "ours", tmp_path / "theirs", "camelidae")
-    with pytest.raises(ValueError, match=r"layout \('mixtral'\) must be camelidae or sparsetral"):
-        export_layout(tmp_path / "ours", tmp_path / "theirs", "mixtral")
+        export(tmp_path / "ours", tmp_path / "theirs", "camelidae")
     LlamaConfig().save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="is no crafted model"):
-        export_layout(tmp_path / "dense", tmp_path / "theirs", "camelidae")
+    with pytest.raises(ValueError, match="it has no experts: it is a dense llama model"):
+        export(tmp_path / "dense", tmp_path / "theirs", "camelidae")

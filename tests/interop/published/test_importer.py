@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import oracle
 import pesc
 from families import tokens
-from pesc.interop.published.importer import import_checkpoint
+from pesc.interop.formats import import_checkpoint
 from published import CAMELIDAE, SPARSETRAL, Checkpoint
 
 
@@ -89,7 +89,7 @@ def test_memory_is_bounded_by_the_largest_file(tmp_path: Path) -> None:
     source = checkpoint.save(tmp_path / "source", shards=10)
     code = (
         "import re; from pathlib import Path; import torch\n"
-        "from pesc.interop.published.importer import import_checkpoint\n"
+        "from pesc.interop.formats import import_checkpoint\n"
         "from published import CAMELIDAE\n"
         "status = lambda key: int(re.search(key + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
         f"import_checkpoint(CAMELIDAE, Path({str(tmp_path / 'warm')!r}))\n"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from families import FAMILIES, disturb, tiny_model
 from pesc import PescConfig, add_lora, craft, save_adapter
 from pesc.crafting.craft_checkpoint import craft_checkpoint
-from pesc.interop.published.importer import import_checkpoint
+from pesc.interop.formats import import_checkpoint
 from pesc.interop.verify.verify import Report, verify
 from published import CAMELIDAE, SPARSETRAL, Checkpoint, crafted
 
@@ -71,8 +71,8 @@ def test_lost_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
     assert _messages(report) == [
         "missing: model.layers.0.mlp.experts.down_proj",
         "missing: model.layers.1.mlp.experts.up_proj",
-        "wrong shape: model.layers.2.mlp.router.weight is [5, 32] in the file, [4, 32] by the config",
         "unexpected: model.layers.2.mlp.experts.extra",
+        "wrong shape: model.layers.2.mlp.router.weight is [5, 32] in the file, [4, 32] by the config",
     ]
 
 
@@ -260,8 +260,8 @@ def test_adapter_folders(lora: bool, tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.router.weight"] = torch.full((3, 32), torch.nan)
     save_file(tensors, file)
     assert _messages(verify(adapter)) == [
-        "wrong shape: model.layers.0.mlp.router.weight is [3, 32] in the file, [4, 32] by the config",
         "missing: model.layers.1.mlp.experts.down_proj",
+        "wrong shape: model.layers.0.mlp.router.weight is [3, 32] in the file, [4, 32] by the config",
         "model.layers.0.mlp.router.weight holds 96 NaN",
     ]
 
@@ -269,7 +269,7 @@ def test_adapter_folders(lora: bool, tmp_path: Path) -> None:
 def test_an_adapters_base_is_checked_where_it_is_within_reach(tmp_path: Path) -> None:
     adapter = _adapter(tmp_path)
     _change(tmp_path / "base", model__norm__weight=torch.zeros(32))
-    assert "the adapter was trained on" in _messages(verify(adapter))[0]
+    assert "it needs the weights it was trained on" in _messages(verify(adapter))[0]
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     report = verify(adapter)
     assert report.whole

@@ -8,21 +8,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from pesc.crafting.load import ModelRef
 from pesc.interop.card import licence_of
+from pesc.interop.format import Format, Source, open_source
 from pesc.interop.gguf.vocabulary import add_vocabulary, vocabulary_reasons
-from pesc.interop.limits import Source, Target, head_dim_of, multipliers_of, reasons_against, setting_of
+from pesc.interop.limits import Limits, head_dim_of, multipliers_of, reasons_against, setting_of
 from pesc.interop.stock import scaled
-from pesc.storage.files import new_file
 
 Quantization = Literal["F32", "F16", "Q8_0"]
 
@@ -30,14 +32,14 @@ Quantization = Literal["F32", "F16", "Q8_0"]
 GRANITE, GLM = "granitemoe", "glm4moe"
 
 
-_TARGETS = {
-    GRANITE: Target(
+_LIMITS = {
+    GRANITE: Limits(
         bases=("llama", "mistral", "granite", "qwen2"),
         output_bias=True,
         any_head_dim=True,
         ropes=("default", "linear", "llama3"),
     ),
-    GLM: Target(bases=("qwen3",), any_head_dim=True, ropes=("default", "linear")),
+    GLM: Limits(bases=("qwen3",), any_head_dim=True, ropes=("default", "linear")),
 }
 
 
@@ -62,69 +64,48 @@ _PARTS = {
 
 def architecture_of(config: Any) -> str:
     """The llama.cpp architecture for a crafted model's base."""
-    return GLM if config.base_model_type in _TARGETS[GLM].bases else GRANITE
+    return GLM if config.base_model_type in _LIMITS[GLM].bases else GRANITE
 
 
-def gguf_reasons(config: Any, folder: Path) -> list[str]:
-    """Why a crafted model cannot be written as GGUF, a reason each; empty where it can.
-
-    Args:
-        config: the crafted model's.
-        folder: where its tokenizer lies.
-
-    Raises:
-        FileNotFoundError: when the package `gguf` is not installed.
-    """
+def _reasons_against(ref: ModelRef) -> list[str]:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise FileNotFoundError("writing GGUF files needs the package gguf: pip install gguf") from error
-    target = _TARGETS[architecture_of(config)]
+    config = ref.config
+    limits = _LIMITS[architecture_of(config)]
     if architecture_of(config) == GRANITE:
-        known = (*_TARGETS[GRANITE].bases, *_TARGETS[GLM].bases)
+        known = (*_LIMITS[GRANITE].bases, *_LIMITS[GLM].bases)
         if config.base_model_type not in known:
-            target = Target(bases=known)
-    return [*reasons_against(config, target), *vocabulary_reasons(folder, config.vocab_size)]
+            limits = Limits(bases=known)
+    return [*reasons_against(config, limits), *vocabulary_reasons(ref.base.folder, config.vocab_size)]
 
 
-def export_gguf(source: Source, out: Path, quantization: Quantization) -> Path:
+def _write(ref: ModelRef, out: Path, quantization: Quantization) -> None:
     """Write a crafted model as one GGUF file, with its tokenizer and chat template.
 
-    Weights are read and written one at a time. Routers, norms and biases stay F32, whatever the rest is; a matrix
-    whose rows are no multiple of 32 stays F16 in a Q8_0 file.
-
-    Args:
-        source: a model that `gguf_reasons` has nothing against.
-        out: a file that does not exist yet, ending in .gguf.
-        quantization: "F32", "F16" or "Q8_0".
-
-    Returns:
-        `out`.
-
-    Raises:
-        FileExistsError: when `out` is there already.
+    Weights are read and written one at a time. Routers, norms and biases stay F32 in every file; a matrix stays F16
+    in a Q8_0 file if its rows are no multiple of 32.
     """
     import gguf
 
-    config = source.config
+    source, config = open_source(ref), ref.config
     writer = gguf.GGUFWriter(path=None, arch=architecture_of(config))
     _add_general(writer, source, quantization)
     _add_shape(writer, config)
-    add_vocabulary(writer, source.folder, config.vocab_size)
+    add_vocabulary(writer, ref.base.folder, config.vocab_size)
     for name, tensor in _tensors(source):
         kind = gguf.GGMLQuantizationType[_type_of(name, tensor, quantization)]
         size = math.prod(gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kind))
         writer.add_tensor_info(name, list(tensor.shape), np.dtype(np.float32), size, kind)
-    with new_file(out) as partial:
-        writer.write_header_to_file(partial)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        # The tensors are made a second time: the file begins with all their shapes, and they may not fit in memory.
-        for name, tensor in _tensors(source):
-            kind = gguf.GGMLQuantizationType[_type_of(name, tensor, quantization)]
-            writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), kind))
-        writer.close()
-    return out
+    writer.write_header_to_file(out)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    # The tensors are made a second time: the file begins with all their shapes, and they may not fit in memory.
+    for name, tensor in _tensors(source):
+        kind = gguf.GGMLQuantizationType[_type_of(name, tensor, quantization)]
+        writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), kind))
+    writer.close()
 
 
 def _add_general(writer: Any, source: Source, quantization: Quantization) -> None:
@@ -133,7 +114,7 @@ def _add_general(writer: Any, source: Source, quantization: Quantization) -> Non
     kinds = gguf.LlamaFileType
     file_types = {"F32": kinds.ALL_F32, "F16": kinds.MOSTLY_F16, "Q8_0": kinds.MOSTLY_Q8_0}
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(source.name).name)
+    writer.add_name(Path(source.ref.name).name)
     writer.add_description("PESC mixture of experts (arXiv 2401.02731)")
     if licence := licence_of(source.folder):
         writer.add_license(licence)
@@ -245,3 +226,14 @@ def _rope_factors(config: Any) -> torch.Tensor:
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
     scaled_frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     return plain / scaled_frequencies
+
+
+GGUF = [
+    Format(
+        name=f"gguf-{quantization.lower()}",
+        reasons_against=_reasons_against,
+        write=functools.partial(_write, quantization=quantization),
+        suffix=".gguf",
+    )
+    for quantization in get_args(Quantization)
+]

@@ -1,20 +1,21 @@
-"""Write one of our folders in the layout of the published checkpoints, key for key."""
+"""Write crafted models in the layouts of the published checkpoints, key for key."""
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import transformers
 
-from pesc.crafting.load import find_adapter, load_config
-from pesc.crafting.skeleton import skeleton_of
-from pesc.crafting.sources import resolve
-from pesc.interop.published.layouts import METHOD_FIELDS, SOURCE, TRAINING_FIELDS, Layout, Target, config_from, targets
-from pesc.storage.files import copy_companions, new_folder
-from pesc.storage.weights import SHARD_BYTES, ShardWriter, Weights
+from pesc.crafting.load import ModelRef
+from pesc.interop.format import Format, open_source
+from pesc.interop.limits import crafted_layers
+from pesc.interop.published.importer import READER
+from pesc.interop.published.layouts import METHOD_FIELDS, SOURCE, TRAINING_FIELDS, Layout, config_from, targets
+from pesc.storage.files import copy_companions, write_json
+from pesc.storage.weights import SHARD_BYTES, ShardWriter
 
 _CODE = {"camelidae": "Camelidae", "qwen2idae": "Qwen2idae", "sparsetral": "Sparsetral"}
 
@@ -36,64 +37,39 @@ _FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def export_layout(model_folder: str | Path, out: Path, layout: Literal["camelidae", "sparsetral"]) -> Path:
-    """Write a crafted folder in the layout of Camelidae (Qwen2idae for a Qwen2 base) or Sparsetral.
+def _write(ref: ModelRef, out: Path, layout: str) -> None:
+    """Write a crafted model in the layout of Camelidae (Qwen2idae for a Qwen2 base) or Sparsetral.
 
-    A model that was imported from the layout gets its keys and its config back; one that was not gets what
-    the published models have. Weights keep their values and dtypes, and are read one at a time.
-
-    Args:
-        model_folder: a crafted model without LoRA, sequential + gelu, of a Llama, Mistral or Qwen2 base.
-        out: a folder that does not exist yet.
-        layout: "camelidae" or "sparsetral".
-
-    Returns:
-        `out`. Its config names the authors' code, which is not in the folder.
-
-    Raises:
-        FileExistsError: when `out` is there already.
-        FileNotFoundError: when the model is not there.
-        ValueError: for a model that the layout cannot express, with each reason and the nearest thing that
-            works; and for a folder that is not whole.
+    A model that was imported from the layout gets its keys and its config back; any other gets those of the
+    published models. Weights keep their values and dtypes, and are read one at a time. The config names the authors'
+    code, which is not in the folder.
     """
-    if layout not in ("camelidae", "sparsetral"):
-        raise ValueError(f"layout ({layout!r}) must be camelidae or sparsetral")
-    if find_adapter(model_folder):
-        raise ValueError(f"{model_folder} is an adapter folder: export it with --format pesc first, then that")
-    folder = resolve(model_folder)
-    config = load_config(model_folder)
-    if config.model_type != "pesc":
-        raise ValueError(f"{model_folder} (model_type {config.model_type!r}) is no crafted model: craft it first")
-    source = _source_of(config, layout)
-    if refusals := layout_reasons(config, layout):
-        raise ValueError(f"the {layout} layout cannot hold {model_folder}: " + "; ".join(refusals))
-    foreign = _layout_of(config, layout, source)
-    weights = Weights(folder)
-    plan = targets(skeleton_of(config), foreign)
-    _check_whole(plan, weights)
-    bank = weights.tensors[next(target.name for target in plan if target.stacked)]
-    if source:
-        values = _returned_config(config, foreign, source, weights.tensors, bank.dtype)
+    config = ref.config
+    kept = _kept_from_import(config, layout)
+    published = _layout_of(config, layout, kept)
+    source, plan = open_source(ref), targets(ref.skeleton(), published)
+    writer, expert_dtype = ShardWriter(out, SHARD_BYTES), ""
+    for target in plan:
+        tensor = source.read(target.name)
+        if target.stacked:
+            expert_dtype = str(tensor.dtype).removeprefix("torch.")
+        for index, key in enumerate(target.sources):
+            writer.add(key, tensor[index] if target.stacked else tensor)
+    writer.finish()
+    if kept:
+        values = _returned_config(config, published, kept, source.names, expert_dtype)
     else:
-        values = _new_config(config, foreign, bank.dtype)
-    with new_folder(out) as partial:
-        writer = ShardWriter(partial, SHARD_BYTES)
-        for target in plan:
-            tensor = weights.read(target.name)
-            for index, key in enumerate(target.sources):
-                writer.add(key, tensor[index] if target.stacked else tensor)
-        writer.finish()
-        (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        copy_companions(folder, partial)
-    return out
+        values = _new_config(config, published, expert_dtype)
+    write_json(out / "config.json", values, sort_keys=True)
+    copy_companions(source.folder, out)
 
 
-def layout_reasons(config: Any, layout: str) -> list[str]:
-    """Why a crafted model's config cannot be written in a layout; empty when it can."""
-    return _method_refusals(config) or ([] if _source_of(config, layout) else _dense_refusals(config, layout))
+def _reasons_against(ref: ModelRef, layout: str) -> list[str]:
+    config = ref.config
+    return _method_reasons(config) or ([] if _kept_from_import(config, layout) else _dense_reasons(config, layout))
 
 
-def _source_of(config: Any, layout: str) -> dict[str, Any] | None:
+def _kept_from_import(config: Any, layout: str) -> dict[str, Any] | None:
     """What the import kept, where the model comes from this very layout."""
     source = getattr(config, SOURCE, None)
     if not isinstance(source, dict):
@@ -112,62 +88,42 @@ def _layout_of(config: Any, layout: str, source: dict[str, Any] | None) -> Layou
     return Layout("camelidae", "llama", "expert_")
 
 
-def _method_refusals(config: Any) -> list[str]:
-    method, nearest = config.method, "use --format pesc"
-    reasons = []
+def _method_reasons(config: Any) -> list[str]:
+    method, reasons = config.method, []
     if method.adapter_placement != "sequential" or method.adapter_activation != "gelu":
-        both = method.adapter_placement == "parallel" and method.adapter_activation == "swiglu"
-        stock = "use --format granitemoeshared, which holds it exactly, or pesc" if both else nearest
         reasons.append(
             f"its experts are {method.adapter_placement} + {method.adapter_activation}, and the layout's are "
-            f"sequential + gelu ({stock})"
+            "sequential + gelu"
         )
     for name in METHOD_FIELDS.values():
         value = getattr(method, name)
         if isinstance(value, list) and len(set(value)) > 1:
-            reasons.append(f"{name} ({value}) differs between layers, and the layout has one for all ({nearest})")
-    crafted = method.layers
-    if crafted is not None and crafted != list(range(config.num_hidden_layers)):
-        reasons.append(f"only layers {crafted} have experts, and the layout gives every layer some ({nearest})")
+            reasons.append(f"{name} ({value}) differs between layers, and the layout has one for all")
+    if crafted_layers(config) != list(range(config.num_hidden_layers)):
+        reasons.append(f"only layers {method.layers} have experts, and the layout gives every layer some")
     return reasons
 
 
-def _dense_refusals(config: Any, layout: str) -> list[str]:
-    family = config.base_model_type
+def _dense_reasons(config: Any, layout: str) -> list[str]:
+    family, reasons = config.base_model_type, []
     if family not in _CLASS or (family == "qwen2" and layout == "sparsetral"):
-        way = "use --format camelidae" if family == "qwen2" else "use --format pesc"
-        return [f"its base is {family}, and the layout's code knows {_known_bases(layout)} ({way})"]
-    reasons = []
+        return [f"its base is {family}, and the layout's code knows {_known_bases(layout)}"]
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     allowed = ("default", "linear", "dynamic") if layout == "camelidae" else ("default",)
     if rope_type not in allowed:
-        known = ", ".join(allowed)
-        reasons.append(f"its rope_type is {rope_type!r}, and the layout's code knows {known} (use --format pesc)")
+        reasons.append(f"its rope_type is {rope_type!r}, and the layout's code knows {', '.join(allowed)}")
     head_dim = getattr(config, "head_dim", None)
     if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
-        reasons.append(f"its head_dim ({head_dim}) is not hidden_size / heads (use --format pesc)")
+        reasons.append(f"its head_dim ({head_dim}) is not hidden_size / heads")
     if family == "llama" and (config.attention_bias or config.mlp_bias):
-        reasons.append("its Llama base has biases, and the layout's code has none (use --format pesc)")
+        reasons.append("its Llama base has biases, and the layout's code has none")
     if family == "mistral" and layout == "camelidae" and config.sliding_window is not None:
-        window = config.sliding_window
-        reasons.append(f"its sliding_window ({window}) needs Mistral's attention (use --format sparsetral)")
+        reasons.append(f"its sliding_window ({config.sliding_window}) needs Mistral's attention")
     return reasons
 
 
 def _known_bases(layout: str) -> str:
     return "Llama, Qwen2, and Mistral without a window" if layout == "camelidae" else "Mistral and Llama"
-
-
-def _check_whole(plan: list[Target], weights: Weights) -> None:
-    lines = [f"  missing: {target.name}" for target in plan if target.name not in weights.tensors]
-    for target in plan:
-        shape = (len(target.sources), *target.shape) if target.stacked else target.shape
-        found = weights.tensors.get(target.name)
-        if found and found.shape != shape:
-            shapes = f"{list(found.shape)} in the file, {list(shape)} by the config"
-            lines.append(f"  wrong shape: {target.name} is {shapes}")
-    if lines:
-        raise ValueError(f"{weights.folder} does not hold the model its config describes:\n" + "\n".join(lines))
 
 
 def _returned_config(
@@ -177,10 +133,10 @@ def _returned_config(
     values = dict(source["config"])
     before = config_from(values, layout, names)
     now, then = _comparable(config), _comparable(before)
-    now_foreign, then_foreign = _foreign_fields(config, layout), _foreign_fields(before, layout)
+    now_theirs, then_theirs = _published_fields(config, layout), _published_fields(before, layout)
     changed = {key for key in now if now[key] != then.get(key)}
-    values |= {key: value for key, value in now_foreign.items() if value != then_foreign.get(key)}
-    values |= {key: now[key] for key in changed & set(values) if key not in now_foreign}
+    values |= {key: value for key, value in now_theirs.items() if value != then_theirs.get(key)}
+    values |= {key: now[key] for key in changed & set(values) if key not in now_theirs}
     if now["dtype"] != then["dtype"]:
         values["moe_dtype"] = expert_dtype
     auto_map = _auto_map(layout)
@@ -197,7 +153,7 @@ def _comparable(config: Any) -> dict[str, Any]:
 
 def _new_config(config: Any, layout: Layout, expert_dtype: str) -> dict[str, Any]:
     """The config that a published model of the layout has."""
-    values = _foreign_fields(config, layout)
+    values = _published_fields(config, layout)
     values |= {
         "architectures": [f"modeling_{layout.name}.{_CLASS[layout.base_model_type]}ForCausalLM"],
         "auto_map": _auto_map(layout),
@@ -210,7 +166,7 @@ def _new_config(config: Any, layout: Layout, expert_dtype: str) -> dict[str, Any
     return values
 
 
-def _foreign_fields(config: Any, layout: Layout) -> dict[str, Any]:
+def _published_fields(config: Any, layout: Layout) -> dict[str, Any]:
     fields = (*_DENSE_FIELDS, *_FAMILY_FIELDS[layout.base_model_type])
     values = {key: getattr(config, key) for key in fields if hasattr(config, key)}
     rope = dict(config.rope_parameters or {})
@@ -234,3 +190,14 @@ def _auto_map(layout: Layout) -> dict[str, str]:
         "AutoModel": f"modeling_{code}.{family}Model",
         "AutoModelForCausalLM": f"modeling_{code}.{family}ForCausalLM",
     }
+
+
+PUBLISHED = [
+    Format(
+        name=layout,
+        reasons_against=functools.partial(_reasons_against, layout=layout),
+        write=functools.partial(_write, layout=layout),
+        reader=READER,
+    )
+    for layout in ("camelidae", "sparsetral")
+]

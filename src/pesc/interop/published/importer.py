@@ -9,101 +9,70 @@ from typing import Any
 import torch
 
 from pesc.crafting.skeleton import skeleton_of, tied_names
-from pesc.crafting.sources import resolve
-from pesc.interop.published.layouts import Target, config_from, detect, expert_of, promises, targets
-from pesc.storage.compare import shape_mismatches
-from pesc.storage.files import copy_companions, new_folder, read_json
-from pesc.storage.weights import SHARD_BYTES, ShardWriter, Weights, weight_files
+from pesc.interop.format import Reader
+from pesc.interop.published.layouts import Target, config_from, detect, expert_of, is_published, promises, targets
+from pesc.storage.compare import TensorDifferences, compare_tensors
+from pesc.storage.files import copy_companions
+from pesc.storage.weights import SHARD_BYTES, ShardWriter, Weights
 
 _ROTARY = re.compile(r".*\brotary_emb\.inv_freq")
 
 
-def import_checkpoint(source: str | Path, out: Path) -> Path:
-    """Turn a Camelidae, Qwen2idae or Sparsetral checkpoint into a crafted folder of ours.
+def _read(folder: Path, values: dict[str, Any], weights: Weights, out: Path) -> None:
+    """Stream a checkpoint into a crafted folder of ours.
 
     Weights are read one at a time and written in shards no larger than the largest file of the source, which
     bounds memory. Their values and dtypes stay as they are. No code of the checkpoint is run or copied.
 
-    Args:
-        source: a folder, or a hub id, of safetensors or `.bin` files.
-        out: a folder that does not exist yet.
-
-    Returns:
-        `out`, which `pesc.load` and transformers' Auto classes load.
-
     Raises:
-        FileExistsError: when `out` is there already.
-        FileNotFoundError: when the source, or a file of it, is not there.
-        ValueError: for another layout, a config that leaves out what counts, damaged files, or tensors that
-            are missing, unknown or misshapen; all of them are listed.
+        ValueError: the config leaves out a setting that counts, or tensors are missing, unknown or misshapen; all of
+            them are listed.
     """
-    folder = source_folder(source)
-    values = read_json(folder / "config.json")
-    weights = Weights(folder)
     layout = detect(values, weights.tensors)
-    config = config_from(values, layout, weights.tensors)
-    skeleton = skeleton_of(config)
+    skeleton = skeleton_of(config_from(values, layout, weights.tensors))
     plan = targets(skeleton, layout)
-    problems = mismatches(plan, weights, tied_names(skeleton))
-    problems += rotary_problems(skeleton, weights)
-    if problems:
-        lost = _all_lost(plan, weights, values)
-        lines = "\n".join(f"  {line}" for line in problems)
-        raise ValueError(f"{source} does not hold the model its config describes{lost}:\n{lines}")
-    with new_folder(out) as partial:
-        writer = ShardWriter(partial, min(SHARD_BYTES, weights.largest_file))
-        for target in sorted(plan, key=lambda target: str(weights.tensors[target.sources[0]].file)):
-            parts = [weights.read(name) for name in target.sources]
-            writer.add(target.name, torch.stack(parts) if target.stacked else parts[0])
-        writer.finish()
-        skeleton.config.architectures = [type(skeleton).__name__]
-        skeleton.config.save_pretrained(partial)
-        copy_companions(folder, partial)
-    return out
+    problems = plan_differences(plan, weights, skeleton)
+    lost = _all_lost(plan, weights, values) if problems.lines() else ""
+    problems.refuse(f"{folder} does not hold the model its config describes{lost}")
+    writer = ShardWriter(out, min(SHARD_BYTES, max(weights.file_sizes)))
+    for target in sorted(plan, key=lambda target: str(weights.tensors[target.sources[0]].file)):
+        parts = [weights.read(name) for name in target.sources]
+        writer.add(target.name, torch.stack(parts) if target.stacked else parts[0])
+    writer.finish()
+    skeleton.config.architectures = [type(skeleton).__name__]
+    skeleton.config.save_pretrained(out)
+    copy_companions(folder, out)
 
 
-def source_folder(source: str | Path) -> Path:
-    """The folder of a checkpoint; of a hub id, `.bin` files are downloaded where there are no safetensors.
-
-    Raises:
-        FileNotFoundError: when there is no such folder, nor a hub model of that name within reach.
-    """
-    folder = resolve(source)
-    if not Path(source).expanduser().is_dir():
-        try:
-            weight_files(folder)
-        except FileNotFoundError:
-            from huggingface_hub import snapshot_download
-
-            return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.model", "pytorch_model*.bin"]))
-    return folder
+READER = Reader(recognises=is_published, read=_read)
 
 
-def mismatches(plan: list[Target], weights: Weights, tied: set[str]) -> list[str]:
-    """Every foreign tensor that is missing, unknown, misshapen, or at odds with its stack, a line each.
+def plan_differences(plan: list[Target], weights: Weights, skeleton: Any) -> TensorDifferences:
+    """Every published tensor that is missing, unknown, misshapen, or at odds with its stack or the config.
 
     Args:
         plan: as `targets` makes it.
-        weights: the foreign checkpoint.
-        tied: names that stand for another tensor; a file may hold them, with the same values.
+        weights: the published checkpoint.
+        skeleton: the crafted model. A file may hold its tied tensors, with the same values.
     """
-    found = weights.tensors
+    found, tied = weights.tensors, tied_names(skeleton)
     expected = {name: target.shape for target in plan for name in target.sources}
     counted = {n: t.shape for n, t in found.items() if n in expected or not (n in tied or _ROTARY.fullmatch(n))}
-    lines = shape_mismatches(expected, counted, "by the config")
+    differences = compare_tensors(expected, counted)
     for target in plan:
         dtypes = sorted({found[name].dtype for name in target.sources if name in found})
         if len(dtypes) > 1:
-            lines.append(f"mixed dtypes: the experts of {target.name} are {' and '.join(dtypes)}")
-    lines += [
+            differences.others.append(f"mixed dtypes: the experts of {target.name} are {' and '.join(dtypes)}")
+    differences.others += [
         f"untied: {name} differs from the embeddings, but the config ties them"
         for name in sorted(tied & found.keys())
         if not _equals_embeddings(name, weights)
     ]
-    return lines
+    differences.others += _rotary_problems(skeleton, weights)
+    return differences
 
 
-def rotary_problems(skeleton: Any, weights: Weights) -> list[str]:
+def _rotary_problems(skeleton: Any, weights: Weights) -> list[str]:
     """Rotary frequencies that old checkpoints keep as tensors and that differ from the config's.
 
     They are not stored again: the config gives them.

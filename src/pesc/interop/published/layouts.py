@@ -21,7 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from pesc.config import PescConfig
-from pesc.crafting.configuration import MODEL_TYPE, PescModelConfig, crafted_config
+from pesc.crafting.configuration import PescModelConfig, crafted_config
 from pesc.crafting.surgery import crafted_ffns
 
 BASES = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
@@ -40,7 +40,7 @@ TRAINING_FIELDS = ("adapter_dropout", "router_aux_loss_coef")
 
 
 SOURCE = "imported_from"
-"""The field of our config that keeps the foreign one, so that an export gives it back."""
+"""The field of our config that keeps the published one, so that an export gives it back."""
 
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_adapter\.experts\.(expert_|)(\d+)\.adapter_(down|up)\.weight")
@@ -74,7 +74,7 @@ _NOT_DENSE = (
 
 @dataclass(frozen=True)
 class Layout:
-    """One foreign layout."""
+    """One published layout."""
 
     name: str
     """"camelidae", "qwen2idae" or "sparsetral"."""
@@ -94,13 +94,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of ours and the foreign ones that make it: a copy of one, or a stack of all."""
+    """One tensor of ours and the published ones that make it: a copy of one, or a stack of all."""
 
     name: str
     sources: list[str]
     shape: tuple[int, ...]
     """Of each source."""
     stacked: bool
+
+
+def is_published(values: dict[str, Any], names: Iterable[str]) -> bool:
+    """Whether a config promises experts of these layouts, or keys hold some."""
+    return bool(promises(values)) or any(expert_of(name) for name in names)
 
 
 def detect(values: dict[str, Any], names: Iterable[str]) -> Layout:
@@ -114,10 +119,8 @@ def detect(values: dict[str, Any], names: Iterable[str]) -> Layout:
         ValueError: when it is none of the layouts.
     """
     names = set(names)
-    if values.get("model_type") == MODEL_TYPE:
-        raise ValueError("the checkpoint is a crafted model of this package already: load it, or export it")
     prefixes = {match[2] for name in names if (match := _EXPERT.fullmatch(name))}
-    if not prefixes and not promises(values):
+    if not is_published(values, names):
         raise ValueError(
             "the checkpoint has no keys with moe_adapter.experts and its config promises none: it is not of "
             "the Camelidae, Qwen2idae or Sparsetral layout; a dense model can be crafted"
@@ -149,7 +152,7 @@ def promises(values: dict[str, Any]) -> list[str]:
 
 
 def method_from(values: dict[str, Any]) -> PescConfig:
-    """The method's settings in a foreign config.
+    """The method's settings in a published config.
 
     Raises:
         ValueError: naming every field that is missing or breaks its rule.
@@ -167,10 +170,10 @@ def method_from(values: dict[str, Any]) -> PescConfig:
 
 
 def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) -> PescModelConfig:
-    """Our config of a foreign checkpoint; the foreign one stays in it, without the code it points to.
+    """Our config of a published checkpoint; the published one stays in it, without the code it points to.
 
     Args:
-        values: the foreign config.
+        values: the published config.
         layout: as `detect` tells it.
         names: the checkpoint's keys, which tell of biases.
 
@@ -204,11 +207,11 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
 
 
 def targets(skeleton: Any, layout: Layout) -> list[Target]:
-    """Every tensor of a crafted model and the foreign tensors it comes from.
+    """Every tensor of a crafted model and the published tensors it comes from.
 
     Args:
         skeleton: the crafted model, on the meta device.
-        layout: the foreign layout.
+        layout: the published layout.
     """
     stacks: dict[str, Target] = {}
     for ffn_name, ffn in crafted_ffns(skeleton):
@@ -226,7 +229,7 @@ def targets(skeleton: Any, layout: Layout) -> list[Target]:
 
 
 def expert_of(name: str) -> tuple[int, int, str] | None:
-    """(layer, expert, "down" or "up") of a foreign key; None for a key of something else."""
+    """(layer, expert, "down" or "up") of a published key; None for a key of something else."""
     match = _EXPERT.fullmatch(name)
     return (int(match[1]), int(match[3]), match[4]) if match else None
 

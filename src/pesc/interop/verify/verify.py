@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-
-from pesc.config import PescConfig
-from pesc.crafting.adapter import ADAPTER_JSON, ADAPTER_WEIGHTS
-from pesc.crafting.configuration import MODEL_TYPE
-from pesc.crafting.craft import craft
-from pesc.crafting.load import find_adapter, load_config
-from pesc.crafting.lora import adapter_tensors, add_lora
-from pesc.crafting.skeleton import names_in_model, skeleton_of, tied_names
-from pesc.crafting.sources import resolve
-from pesc.crafting.surgery import crafted_ffns
+from pesc.crafting.families import MOE_FIELDS
+from pesc.crafting.load import ModelRef, locate
+from pesc.crafting.skeleton import skeleton_of
+from pesc.crafting.surgery import expert_parameters
 from pesc.interop.published import layouts
-from pesc.interop.published.importer import mismatches, rotary_problems, source_folder
-from pesc.interop.published.layouts import Target
+from pesc.interop.published.importer import plan_differences
+from pesc.interop.published.layouts import Target, is_published
 from pesc.interop.verify.findings import Examination, Finding, Report, listed
 from pesc.storage.files import read_json
-from pesc.storage.weights import Weights, weights_hash
+from pesc.storage.weights import Weights
 
 __all__ = ["Finding", "Report", "verify"]
-
-
-_MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 # Stock architectures that our exports use, with experts in every layer unless mlp_only_layers says otherwise.
@@ -39,6 +29,7 @@ _EVERY_LAYER = ("granitemoe", "granitemoeshared", "mixtral", "qwen2_moe")
 _ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".block_sparse_moe.router.layer.weight")
 
 
+_OURS = re.compile(r"\.(router|experts)\.")
 _SINGLE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
 
 
@@ -67,17 +58,13 @@ def verify(path: str | Path) -> Report:
     """
     report = Report(str(path))
     try:
-        gguf_file = _gguf_file(Path(path).expanduser())
-        if gguf_file is not None:
+        if (file := _gguf_file(Path(path).expanduser())) is not None:
             from pesc.interop.verify.gguf import check_gguf
 
             report.kind = "gguf"
-            check_gguf(gguf_file, report)
-        elif (adapter := find_adapter(path)) is not None:
-            report.kind = "adapter"
-            _check_adapter(adapter, report)
+            check_gguf(file, report)
         else:
-            _check_folder(source_folder(path), report)
+            _check(locate(path, pickled=True), report)
     except ValueError as error:
         # What cannot be read or makes no sense is a finding, not a failure of the check.
         report.add("error", str(error))
@@ -98,87 +85,58 @@ def _gguf_file(path: Path) -> Path | None:
     return None
 
 
-def _check_folder(folder: Path, report: Report) -> None:
-    values = read_json(folder / "config.json")
-    weights = _weights(folder, report)
-    if values.get("model_type") == MODEL_TYPE:
-        report.kind = "crafted"
-        _check_crafted(folder, weights, report)
-    elif layouts.promises(values) or any(layouts.expert_of(name) for name in weights.tensors):
-        report.kind = "foreign"
-        _check_foreign(values, weights, report)
+def _check(ref: ModelRef, report: Report) -> None:
+    report.kind = ref.kind
+    try:
+        weights = ref.weights()
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    report.facts["bytes"] = sum(weights.file_sizes)
+    values = read_json(ref.folder / "config.json") if ref.kind == "dense" else {}
+    if ref.kind == "adapter":
+        _check_adapter(ref, weights, report)
+    elif ref.kind == "crafted":
+        report.facts |= {"base": ref.config.base_model_type, "pesc": ref.config.method.to_dict()}
+        _compare(ref, weights, report)
+    elif is_published(values, weights.tensors):
+        _check_published(values, weights, report)
     else:
         report.kind = "other"
         _check_other(values, weights, report)
-
-
-def _weights(folder: Path, report: Report, files: list[Path] | None = None) -> Weights:
-    try:
-        weights = Weights(folder, files)
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
-    report.facts["bytes"] = sum(file.stat().st_size for file in weights.files)
-    return weights
-
-
-def _check_crafted(folder: Path, weights: Weights, report: Report) -> None:
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        skeleton = skeleton_of(config)
-    except (StrictDataclassError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    report.facts |= {"base": config.base_model_type, "pesc": config.method.to_dict()}
-    in_model = names_in_model(skeleton, weights.tensors)
-    on_disk = {name: stored for stored, name in in_model.items()}
-    shapes = {on_disk.get(name, name): tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    _compare(shapes, weights, report)
-    known = set(skeleton.state_dict()) | tied_names(skeleton)
-    for name in sorted(stored for stored, name in in_model.items() if name not in known):
-        ours = ".router." in name or ".experts." in name
-        report.add("error" if ours else "warning", f"unexpected: {name}")
-    _count_banks(shapes, weights, report)
     _examine(weights, report)
 
 
-def _check_adapter(folder: Path, report: Report) -> None:
-    settings = read_json(folder / ADAPTER_JSON)
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds no {ADAPTER_WEIGHTS}: the folder is not whole")
-    weights = _weights(folder, report, [folder / ADAPTER_WEIGHTS])
-    report.facts |= {key: settings.get(key) for key in ("base_model", "pesc", "lora")}
+def _check_adapter(ref: ModelRef, weights: Weights, report: Report) -> None:
+    report.facts |= {key: value for key, value in ref.settings.to_dict().items() if key != "base_sha256"}
     try:
-        expected = _adapter_shapes(settings)
-        found = weights_hash(resolve(settings["base_model"]))
+        _ = ref.base
     except FileNotFoundError as error:
         report.add("warning", f"the base is not within reach, so nothing was compared with it ({error})")
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / ADAPTER_JSON} lacks or breaks a setting: {error}") from error
-    else:
-        _compare(expected, weights, report)
-        for name in sorted(weights.tensors.keys() - expected.keys()):
-            report.add("error", f"unexpected: {name}")
-        _count_banks(expected, weights, report)
-        if found != settings["base_sha256"]:
-            report.add(
-                "error",
-                f"the base {settings['base_model']} has weights of sha256 {found[:12]}…, but the adapter "
-                f"was trained on {settings['base_sha256'][:12]}…",
-            )
-    _examine(weights, report)
+        return
+    _compare(ref, weights, report)
+    try:
+        ref.check_base()
+    except ValueError as error:
+        report.add("error", str(error))
 
 
-def _adapter_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    model = skeleton_of(load_config(settings["base_model"]))
-    if settings["pesc"] and not crafted_ffns(model):
-        craft(model, PescConfig.from_dict(settings["pesc"]))
-    if settings["lora"]:
-        from peft import LoraConfig
+def _compare(ref: ModelRef, weights: Weights, report: Report) -> None:
+    differences = ref.differences(weights)
+    # A dense tensor too many changes nothing; a router or expert too many belongs to another model.
+    ours = [name for name in differences.unexpected if ref.kind == "adapter" or _OURS.search(name)]
+    for name in set(differences.unexpected) - set(ours):
+        report.add("warning", f"unexpected: {name}")
+    for line in dataclasses.replace(differences, unexpected=ours).lines():
+        report.add("error", line)
+    banks = [
+        (name, len(bank)) for name, bank in expert_parameters(ref.skeleton()).items() if name.endswith("down_proj")
+    ]
+    present = sum(experts for name, experts in banks if name in weights.tensors)
+    report.facts |= {"experts promised": sum(experts for _, experts in banks), "experts present": present}
 
-        add_lora(model, LoraConfig(**settings["lora"]))
-    return {name: tuple(parameter.shape) for name, parameter in adapter_tensors(model).items()}
 
-
-def _check_foreign(values: dict[str, Any], weights: Weights, report: Report) -> None:
+def _check_published(values: dict[str, Any], weights: Weights, report: Report) -> None:
+    report.kind = "published"
     promised = layouts.promises(values)
     report.facts["promised by"] = promised
     lost = not any(layouts.expert_of(name) for name in weights.tensors)
@@ -194,14 +152,13 @@ def _check_foreign(values: dict[str, Any], weights: Weights, report: Report) -> 
         skeleton = skeleton_of(layouts.config_from(values, layout, weights.tensors))
     except ValueError as error:
         report.add("error", str(error))
-    else:
-        report.facts |= {"base": layout.base_model_type, "pesc": skeleton.config.method.to_dict()}
-        plan = layouts.targets(skeleton, layout)
-        _report_experts(plan, weights, report)
-        for line in [*mismatches(plan, weights, tied_names(skeleton)), *rotary_problems(skeleton, weights)]:
-            if not (lost and ".moe_adapter." in line):
-                report.add("error", line)
-    _examine(weights, report)
+        return
+    report.facts |= {"base": layout.base_model_type, "pesc": skeleton.config.method.to_dict()}
+    plan = layouts.targets(skeleton, layout)
+    _report_experts(plan, weights, report)
+    for line in plan_differences(plan, weights, skeleton).lines():
+        if not (lost and ".moe_adapter." in line):
+            report.add("error", line)
 
 
 def _report_experts(plan: list[Target], weights: Weights, report: Report) -> None:
@@ -220,7 +177,7 @@ def _report_experts(plan: list[Target], weights: Weights, report: Report) -> Non
 
 def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> None:
     """A stock architecture: every layer that has experts must have as many as the config says, each whole."""
-    counts = {key: values[key] for key in _MOE_FIELDS if isinstance(values.get(key), int) and values[key] > 1}
+    counts = {key: values[key] for key in MOE_FIELDS if isinstance(values.get(key), int) and values[key] > 1}
     matrices: dict[str, dict[str, int]] = defaultdict(dict)
     for name, info in weights.tensors.items():
         if match := _SINGLE.fullmatch(name):
@@ -246,17 +203,6 @@ def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> No
         for name, info in weights.tensors.items():
             if name.endswith(_ROUTERS) and info.shape[0] != experts:
                 report.add("error", f"wrong shape: the router {name} is {list(info.shape)}, for {experts} experts")
-    _examine(weights, report)
-
-
-def _compare(expected: dict[str, tuple[int, ...]], weights: Weights, report: Report) -> None:
-    for name, shape in sorted(expected.items()):
-        found = weights.tensors.get(name)
-        if found is None:
-            report.add("error", f"missing: {name}")
-        elif found.shape != shape:
-            shapes = f"{list(found.shape)} in the file, {list(shape)} by the config"
-            report.add("error", f"wrong shape: {name} is {shapes}")
 
 
 def _examine(weights: Weights, report: Report) -> None:
@@ -273,9 +219,3 @@ def _examine(weights: Weights, report: Report) -> None:
             for number, matrix in enumerate(tensor):
                 examination.expert(match[1], number, match[2], matrix, last=match[2] in _LAST)
     examination.report(report)
-
-
-def _count_banks(shapes: dict[str, tuple[int, ...]], weights: Weights, report: Report) -> None:
-    banks = {name: shape[0] for name, shape in shapes.items() if name.endswith(".experts.down_proj")}
-    present = sum(experts for name, experts in banks.items() if name in weights.tensors)
-    report.facts |= {"experts promised": sum(banks.values()), "experts present": present}
