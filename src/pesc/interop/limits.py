@@ -7,8 +7,6 @@ from typing import Any
 
 NO_MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 """Granite's multipliers where they change nothing; attention_multiplier is head_dim ** -0.5 there."""
-
-
 _SCALED_ROPE = ("default", "linear", "yarn", "llama3")
 
 

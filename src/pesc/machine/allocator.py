@@ -11,17 +11,9 @@ import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-
-
 _NEVER = -1
-
-
 _MADV_HUGEPAGE = 14  # mman.h
-
-
 _HUGE_PAGE = 2 << 20
-
-
 _SCARCE = 0.25  # of the machine's memory
 
 

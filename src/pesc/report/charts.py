@@ -23,8 +23,6 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from pesc.report.findings import Comparison
 
 HALF = 10  # colour steps on each side of a heat map's centre
-
-
 ROLES = ["ink", "muted", "grid", "dense", "pesc", "better", "worse", "unclear"]
 
 

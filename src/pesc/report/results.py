@@ -12,17 +12,9 @@ from typing import Any
 import numpy as np
 
 BASE, DENSE, PESC = "base", "dense + LoRA", "PESC"
-
-
 PAIR = f"{PESC} - {DENSE}"
-
-
 FILES = ("metrics.jsonl", "dense/metrics.jsonl", "results.json", "routing.json", "answers.json")
-
-
 ANSWER_KEYS = ("domain", "prompt", "reference", "base", "dense", "pesc")
-
-
 SETUP_KINDS: dict[str, tuple[type, ...]] = {
     "model": (str,),
     "seed": (int,),
@@ -32,8 +24,6 @@ SETUP_KINDS: dict[str, tuple[type, ...]] = {
     "seconds": (dict,),
     "peak_memory_gb": (dict,),
 }
-
-
 Metrics = dict[str, np.ndarray]
 
 

@@ -13,8 +13,6 @@ from typing import Any
 from pesc.crafting.configuration import PescModelConfig
 
 PREFIX = "Pesc"
-
-
 _MODELS = "pesc.vllm_plugin.models"
 
 

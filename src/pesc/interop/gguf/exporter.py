@@ -27,11 +27,7 @@ from pesc.interop.limits import Limits, head_dim_of, multipliers_of, reasons_aga
 from pesc.interop.stock import scaled
 
 Quantization = Literal["F32", "F16", "Q8_0"]
-
-
 GRANITE, GLM = "granitemoe", "glm4moe"
-
-
 _LIMITS = {
     GRANITE: Limits(
         bases=("llama", "mistral", "granite", "qwen2"),
@@ -41,11 +37,7 @@ _LIMITS = {
     ),
     GLM: Limits(bases=("qwen3",), any_head_dim=True, ropes=("default", "linear")),
 }
-
-
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
 _PARTS = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_norm.weight": "attn_q_norm.weight",

@@ -18,18 +18,12 @@ from pesc.storage.files import copy_companions, write_json
 from pesc.storage.weights import SHARD_BYTES, ShardWriter
 
 _CODE = {"camelidae": "Camelidae", "qwen2idae": "Qwen2idae", "sparsetral": "Sparsetral"}
-
-
 _CLASS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-
-
 _DENSE_FIELDS = (
     *("bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size"),
     *("max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
     *("output_router_logits", "rms_norm_eps", "tie_word_embeddings", "use_cache", "vocab_size"),
 )
-
-
 _FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "llama": ("attention_bias", "pretraining_tp"),
     "mistral": ("attention_dropout",),

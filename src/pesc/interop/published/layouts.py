@@ -25,33 +25,19 @@ from pesc.crafting.configuration import PescModelConfig, crafted_config
 from pesc.crafting.surgery import crafted_ffns
 
 BASES = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
-
-
 METHOD_FIELDS = {
     "num_experts": "num_experts",
     "topk": "num_experts_per_tok",
     "adapter_dim": "adapter_dim",
     "moe_scaling": "adapter_scaling",
 }
-
-
 TRAINING_FIELDS = ("adapter_dropout", "router_aux_loss_coef")
 """Fields that only training reads; where absent, the paper's values stand."""
-
-
 SOURCE = "imported_from"
 """The field of our config that keeps the published one, so that an export gives it back."""
-
-
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_adapter\.experts\.(expert_|)(\d+)\.adapter_(down|up)\.weight")
-
-
 _NAMES = re.compile("camelidae|qwen2idae|sparsetral", re.IGNORECASE)
-
-
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-
-
 # Fields that change the result without changing any tensor's shape, or that promise what must be there.
 _REQUIRED = (
     *METHOD_FIELDS,
@@ -62,8 +48,6 @@ _REQUIRED = (
     "rms_norm_eps",
     "vocab_size",
 )
-
-
 _NOT_DENSE = (
     *METHOD_FIELDS,
     *TRAINING_FIELDS,

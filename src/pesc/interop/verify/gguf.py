@@ -11,18 +11,10 @@ import torch
 from pesc.interop.verify.findings import Examination, Report
 
 _NAMED = re.compile(r"camelidae|qwen2idae|sparsetral", re.IGNORECASE)
-
-
 _OURS = re.compile(r"\bpesc\b", re.IGNORECASE)
-
-
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
-
-
 # Files of an older converter hold each expert's matrix apart.
 _SINGLE = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")
-
-
 # Texts of any length, which mention whatever they like.
 _LONG = ("tokenizer.", "general.license")
 

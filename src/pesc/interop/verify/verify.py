@@ -20,22 +20,12 @@ from pesc.storage.files import read_json
 from pesc.storage.weights import Weights
 
 __all__ = ["Finding", "Report", "verify"]
-
-
 # Stock architectures that our exports use, with experts in every layer unless mlp_only_layers says otherwise.
 _EVERY_LAYER = ("granitemoe", "granitemoeshared", "mixtral", "qwen2_moe")
-
-
 _ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".block_sparse_moe.router.layer.weight")
-
-
 _OURS = re.compile(r"\.(router|experts)\.")
 _SINGLE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
-
-
 _STACKED = re.compile(r"(.+)\.(?:experts|block_sparse_moe)\.(\w+?)(?:\.weight)?")
-
-
 _LAST = ("down_proj", "output_linear", "w2")
 
 
