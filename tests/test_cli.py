@@ -72,7 +72,7 @@ def test_import_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     tensors = {k: v for k, v in load_file(shard / "model.safetensors").items() if ".moe_adapter." not in k}
     save_file(tensors, shard / "model.safetensors", {"format": "pt"})
     assert main(["verify", str(shard)]) == 1
-    assert "not whole" in capsys.readouterr().out
+    assert "not complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json")] = Fa
         print(json.dumps(report.to_dict(), indent=2))
     else:
         show_report(report, _console())
-    return 0 if report.whole else 1
+    return 0 if report.complete else 1
 
 
 @app.command

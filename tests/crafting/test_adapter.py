@@ -172,7 +172,7 @@ def test_damaged_and_missing_files(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(ValueError, match="damaged or cut short"):
+    with pytest.raises(ValueError, match="damaged or truncated"):
         pesc.load(tmp_path / "adapter")
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no adapter.safetensors"):

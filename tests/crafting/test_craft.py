@@ -107,7 +107,7 @@ def test_a_family_without_ffn_modules_is_refused_with_what_was_found() -> None:
         num_attention_heads=4,
         word_embed_proj_dim=32,
     )
-    with pytest.raises(ValueError, match=r"looked in model.decoder.layers.0 .*Found: self_attn .*fc1"):
+    with pytest.raises(ValueError, match=r"searched model.decoder.layers.0 .*Found: self_attn .*fc1"):
         craft(transformers.OPTForCausalLM(config))
 
 

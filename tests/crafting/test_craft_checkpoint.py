@@ -111,7 +111,7 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     dense = tiny_dense(tmp_path / "dense")
     file = dense / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged or cut short"):
+    with pytest.raises(ValueError, match="damaged or truncated"):
         craft_checkpoint(dense, tmp_path / "out", CONFIG)
 
 

@@ -84,5 +84,5 @@ def test_a_truncated_model_is_an_error(tmp_path: Path) -> None:
     base = tiny_dense(tmp_path / "dense")
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="damaged or cut short"):
+    with pytest.raises(ValueError, match="damaged or truncated"):
         describe(base)

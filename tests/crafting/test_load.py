@@ -43,7 +43,7 @@ def test_missing_and_truncated_weights(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="damaged or cut short"):
+    with pytest.raises(ValueError, match="damaged or truncated"):
         load(folder)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=str(folder)):

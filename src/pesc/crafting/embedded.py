@@ -42,7 +42,7 @@ def embedded_folder(cache: Path | None = None) -> Path:
 
     The folder holds a plain Llama ``config.json`` (tied embeddings, ``dtype`` float32), ``model.safetensors``
     in float32 (about 540 MB), the tokenizer with its ChatML template, ``generation_config.json`` and a model
-    card. It appears whole or not at all: an interrupted conversion leaves nothing behind.
+    card. It appears complete or not at all: an interrupted conversion leaves nothing behind.
 
     Args:
         cache: where to keep it; by default the folder of :func:`cache_folder`.

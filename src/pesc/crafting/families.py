@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def find_ffns(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The dense FFN of every decoder layer, in order, found by what it is and not by its family's name.
+LinearShape = Callable[[nn.Module], tuple[int, int] | None]
+"""(inputs, outputs) of a linear map; None for every other module."""
 
-    An FFN is the one child of a decoder layer that holds linear maps from and to the hidden size and whose forward
-    takes the hidden states alone.
+
+def find_ffns(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The dense FFN of every decoder layer, in order, found by its structure and not by its family's name.
 
     Args:
         model: a dense causal LM; its config gives `hidden_size` and `num_hidden_layers`.
@@ -26,22 +28,98 @@ def find_ffns(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
     Raises:
         ValueError: for a model that is already a Mixture of Experts, and for one without such FFNs, with what was
-            looked for and what was found.
+            searched for and what was found.
     """
-    layers_name, layers = _decoder_layers(model)
+    config = model.config
+    count, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    if not isinstance(count, int) or not isinstance(hidden, int):
+        raise ValueError(
+            f"{type(config).__name__} must have num_hidden_layers and hidden_size to find FFNs by (found {count!r} and "
+            f"{hidden!r}); of a model with a vision or audio part, craft the language model alone"
+        )
+    layers_name, layers = decoder_layers(model, count)
     found = []
     for index, layer in enumerate(layers):
-        names = [name for name, child in layer.named_children() if _is_ffn(child, model.config.hidden_size)]
-        if len(names) != 1:
-            raise ValueError(_no_ffn_message(model, f"{layers_name}.{index}", layer, names))
-        ffn = layer.get_submodule(names[0])
+        name = ffn_name(layer, f"{layers_name}.{index}", hidden)
+        ffn = layer.get_submodule(name)
         if any(parameter.dim() > 2 for parameter in ffn.parameters()):
             raise ValueError(
-                f"{layers_name}.{index}.{names[0]} ({type(ffn).__name__}) holds stacked weights: the model is already "
+                f"{layers_name}.{index}.{name} ({type(ffn).__name__}) holds stacked weights: the model is already "
                 "a Mixture of Experts, and only dense models can be crafted"
             )
-        found.append((f"{layers_name}.{index}.{names[0]}", ffn))
+        found.append((f"{layers_name}.{index}.{name}", ffn))
     return found
+
+
+def decoder_layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """(name, list) of a model's `count` decoder layers.
+
+    Raises:
+        ValueError: the model has no list of that length; the lists that it has are named.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, module in lists:
+        if len(module) == count:
+            return name, module
+    raise ValueError(
+        f"{type(model).__name__}: searched for a ModuleList of num_hidden_layers ({count}) decoder layers; found "
+        + (", ".join(f"{name} ({len(module)})" for name, module in lists) or "none")
+    )
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """The shape of torch's and transformers' linear maps."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return None
+
+
+def ffn_name(
+    layer: nn.Module,
+    path: str,
+    hidden_size: int,
+    *,
+    linear_shape: LinearShape = linear_shape,
+    attention: tuple[type, ...] = (),
+) -> str:
+    """The name of a decoder layer's FFN.
+
+    An FFN is the one child that holds linear maps from and to the hidden size and whose forward takes the hidden
+    states alone.
+
+    Args:
+        layer: the decoder layer.
+        path: its name in the model, for the error.
+        hidden_size: D.
+        linear_shape: recognises linear maps.
+        attention: classes; a child that holds one of them is no FFN.
+
+    Raises:
+        ValueError: no child fits, or several do; all children are named.
+    """
+    children = {name: (child, _forward_parameters(child)) for name, child in layer.named_children()}
+    fitting = []
+    for name, (child, taken) in children.items():
+        if any(isinstance(module, attention) for module in child.modules()):
+            continue
+        shapes = [shape for module in child.modules() if (shape := linear_shape(module)) is not None]
+        reads = any(inputs == hidden_size for inputs, _ in shapes)
+        writes = any(outputs == hidden_size for _, outputs in shapes)
+        if len(shapes) >= 2 and reads and writes and len(taken) == 1:
+            fitting.append(name)
+    if len(fitting) == 1:
+        return fitting[0]
+    found = [
+        f"{name} ({type(child).__name__}, forward takes {', '.join(taken) or 'nothing'})"
+        for name, (child, taken) in children.items()
+    ]
+    raise ValueError(
+        f"searched {path} ({type(layer).__name__}) for one child with linear maps from and to hidden_size "
+        f"({hidden_size}) whose forward takes the hidden states alone; {len(fitting)} fit"
+        f"{' (' + ', '.join(fitting) + ')' if fitting else ''}. Found: {'; '.join(found)}"
+    )
 
 
 def refuse_moe(config: Any) -> None:
@@ -61,51 +139,6 @@ def refuse_moe(config: Any) -> None:
             )
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    config = model.config
-    count, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
-    if not isinstance(count, int) or not isinstance(hidden, int):
-        raise ValueError(
-            f"{type(config).__name__} must have num_hidden_layers and hidden_size to find FFNs by (found {count!r} and "
-            f"{hidden!r}); of a model with a vision or audio part, craft the language model alone"
-        )
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    for name, module in lists:
-        if len(module) == count:
-            return name, module
-    raise ValueError(
-        f"{type(model).__name__}: looked for a ModuleList of num_hidden_layers ({count}) decoder layers; found "
-        + (", ".join(f"{name} ({len(module)})" for name, module in lists) or "none")
-    )
-
-
-def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
-    shapes = [shape for child in module.modules() if (shape := _linear_shape(child)) is not None]
-    reads = any(inputs == hidden_size for inputs, _ in shapes)
-    writes = any(outputs == hidden_size for _, outputs in shapes)
-    return len(shapes) >= 2 and reads and writes and len(_forward_parameters(module)) == 1
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return None
-
-
 def _forward_parameters(module: nn.Module) -> list[str]:
     catch_all = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind not in catch_all]
-
-
-def _no_ffn_message(model: PreTrainedModel, layer_name: str, layer: nn.Module, names: list[str]) -> str:
-    children = [
-        f"{name} ({type(child).__name__}, forward takes {', '.join(_forward_parameters(child)) or 'nothing'})"
-        for name, child in layer.named_children()
-    ]
-    return (
-        f"{type(model).__name__}: looked in {layer_name} for one child with linear maps from and to hidden_size "
-        f"({model.config.hidden_size}) whose forward takes the hidden states alone; {len(names)} fit"
-        f"{' (' + ', '.join(names) + ')' if names else ''}. Found: {'; '.join(children)}"
-    )

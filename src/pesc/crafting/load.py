@@ -250,7 +250,7 @@ def _load_model(folder: Path, name: str, dtype: str | torch.dtype, kwargs: dict[
         raise FileNotFoundError(f"{folder}: {str(error).splitlines()[0]}") from error
     except Exception as error:
         if "safetensor" in type(error).__name__.lower():
-            raise ValueError(f"{folder}: a weight file is damaged or cut short ({error}); download it again") from error
+            raise ValueError(f"{folder}: a weight file is damaged or truncated ({error}); download it again") from error
         raise
     loaded.config.name_or_path = name
     return loaded.eval()

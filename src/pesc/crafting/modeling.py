@@ -81,7 +81,7 @@ class PescForCausalLM(Extension, PreTrainedModel):
             ValueError: listing every missing, unexpected and misshapen tensor at once.
         """
         if ignore_mismatched_sizes:
-            raise ValueError("ignore_mismatched_sizes must be left out: a crafted model loads whole or not at all")
+            raise ValueError("ignore_mismatched_sizes must be left out: a crafted model loads complete or not at all")
         # With it off, transformers raises at the first kind of problem; the complete list is made below.
         model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         loading_differences(info).refuse(f"{args[0] if args else cls.__name__} does not hold this crafted model")

@@ -1,1 +1,1 @@
-"""Models in and out: import published checkpoints, export to other formats, verify that files are whole."""
+"""Models in and out: import published checkpoints, export to other formats, verify that files are complete."""

@@ -263,4 +263,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _damaged(file: Path, reason: Any) -> ValueError:
-    return ValueError(f"{file} is damaged or cut short ({reason}): download it again")
+    return ValueError(f"{file} is damaged or truncated ({reason}): download it again")

@@ -7,15 +7,12 @@ them by name.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase
@@ -23,7 +20,10 @@ from vllm.model_executor.models.registry import ModelRegistry
 
 from pesc.config import PescConfig
 from pesc.crafting.configuration import crafted_config
-from pesc.crafting.skeleton import names_in_model
+from pesc.crafting.families import decoder_layers, ffn_name
+from pesc.crafting.skeleton import names_in_model, skeleton_of, tied_names
+from pesc.method.extend import Extension, extended
+from pesc.storage.compare import TensorDifferences
 from pesc.vllm_plugin.experts import CraftedFFN, craft_ffn
 from pesc.vllm_plugin.plugin import PREFIX
 
@@ -36,15 +36,15 @@ def __getattr__(name: str) -> Any:
     return crafted_class(name.removeprefix(PREFIX))
 
 
-@functools.cache
 def crafted_class(dense_name: str) -> type[nn.Module]:
     """The vLLM class of the crafted models of a dense architecture, such as "LlamaForCausalLM"."""
-    dense = ModelRegistry.models[dense_name].load_model_cls()
-    return type(PREFIX + dense_name, (_Crafted, dense), {"__module__": __name__})
+    return extended(ModelRegistry.models[dense_name].load_model_cls(), _Crafted)
 
 
-class _Crafted(nn.Module):
+class _Crafted(Extension, nn.Module):
     """Extends a vLLM causal LM: routers and experts behind its FFNs, and strict loading."""
+
+    prefix = PREFIX
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -95,36 +95,33 @@ class _Check:
         settings = PescConfig.from_dict(vars(config).pop("pesc"))
         # vLLM's fallback for families without a class of its own sets this to an implementation of vLLM's.
         config._attn_implementation = None
-        with torch.device("meta"):
-            self.skeleton = skeleton = AutoModelForCausalLM.from_config(crafted_config(config, settings))
+        self.skeleton = skeleton = skeleton_of(crafted_config(config, settings))
         # Quantized dense weights have other names and shapes, which vLLM's quantization checks itself.
         self.dense = dense
-        self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-        tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
-        self.missing = {name for name, _ in skeleton.named_parameters() if dense or _OURS.search(name)} - tied
-        self.problems: list[str] = []
+        self.shapes = {name: list(value.shape) for name, value in skeleton.state_dict().items()}
+        self.missing = {name for name, _ in skeleton.named_parameters() if dense or _OURS.search(name)}
+        self.missing -= tied_names(skeleton)
+        self.differences = TensorDifferences()
 
     def passing(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that fit; the others are noted for `finish`."""
         for name, tensor in weights:
             in_model = names_in_model(self.skeleton, [name])[name]
             self.missing.discard(in_model)
-            expected = self.shapes.get(in_model)
+            expected, found = self.shapes.get(in_model), list(tensor.shape)
             # Buffers that older checkpoints hold; every model computes them itself.
             known = name.endswith("rotary_emb.inv_freq") or (not self.dense and not _OURS.search(name))
-            if known or expected == tuple(tensor.shape):
+            if known or expected == found:
                 yield name, tensor
             elif expected is None:
-                self.problems.append(f"  unexpected: {name}")
+                self.differences.unexpected.append(name)
             else:
-                shapes = f"{list(tensor.shape)} in the file, {list(expected)} by the config"
-                self.problems.append(f"  wrong shape: {name} is {shapes}")
+                self.differences.misshapen[name] = found, expected
 
     def finish(self) -> None:
         """Raise ValueError if any tensor was missing, unexpected or misshapen."""
-        lines = [f"  missing: {name}" for name in sorted(self.missing)] + sorted(self.problems)
-        if lines:
-            raise ValueError("the checkpoint does not hold this crafted model:\n" + "\n".join(lines))
+        self.differences.missing = sorted(self.missing)
+        self.differences.refuse("the checkpoint does not hold this crafted model")
 
 
 def add_experts(model: nn.Module, hf_config: Any) -> dict[int, tuple[str, CraftedFFN]]:
@@ -140,51 +137,28 @@ def add_experts(model: nn.Module, hf_config: Any) -> dict[int, tuple[str, Crafte
     Raises:
         ValueError: when the model's FFNs cannot be found by their structure.
     """
-    config = PescConfig.from_dict(hf_config.pesc)
-    text_config = hf_config.get_text_config()
-    layers = config.for_layers(text_config.num_hidden_layers)
+    pesc_config, text_config = PescConfig.from_dict(hf_config.pesc), hf_config.get_text_config()
+    path, layers = decoder_layers(model, text_config.num_hidden_layers)
     found = {}
-    for index, path, layer in _decoder_layers(model, text_config.num_hidden_layers):
-        if index in layers:
-            name = _ffn_name(path, layer, text_config.hidden_size)
-            ffn = craft_ffn(layer.get_submodule(name), config, layers[index], text_config.hidden_size)
-            found[index] = (f"{path}.{name}", ffn)
+    for index, settings in pesc_config.for_layers(text_config.num_hidden_layers).items():
+        layer = layers[index]
+        # A pipeline stage holds empty places for the layers of the others.
+        if any(True for _ in layer.parameters()):
+            name = _ffn_name(layer, f"{path}.{index}", text_config.hidden_size)
+            ffn = craft_ffn(layer.get_submodule(name), pesc_config, settings, text_config.hidden_size)
+            found[index] = f"{path}.{index}.{name}", ffn
     return found
 
 
-def _decoder_layers(model: nn.Module, count: int) -> Iterator[tuple[int, str, nn.Module]]:
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    fitting = [(name, module) for name, module in lists if len(module) == count]
-    if not fitting:
+def _ffn_name(layer: nn.Module, path: str, hidden_size: int) -> str:
+    try:
+        return ffn_name(layer, path, hidden_size, linear_shape=_linear_shape, attention=(AttentionLayerBase,))
+    except ValueError as error:
         raise ValueError(
-            f"{type(model).__name__}: looked for a ModuleList of num_hidden_layers ({count}) decoder layers; found "
-            + (", ".join(f"{name} ({len(module)})" for name, module in lists) or "none")
-        )
-    path, layers = fitting[0]
-    for index, layer in enumerate(layers):
-        # A pipeline stage holds empty places for the layers of the others.
-        if any(True for _ in layer.parameters()):
-            yield index, f"{path}.{index}", layer
+            f"{error}. vLLM builds this family in a way that experts cannot be added to: serve it with transformers "
+            "(pesc serve)"
+        ) from error
 
 
-def _ffn_name(path: str, layer: nn.Module, hidden_size: int) -> str:
-    names = [name for name, child in layer.named_children() if _is_ffn(child, hidden_size)]
-    if len(names) != 1:
-        children = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
-        raise ValueError(
-            f"looked in {path} ({type(layer).__name__}) for one child with linear maps from and to hidden_size "
-            f"({hidden_size}) whose forward takes the hidden states alone; {len(names)} fit. Found: {children}. vLLM "
-            "builds this family in a way that experts cannot be added to: serve it with transformers (pesc serve)"
-        )
-    return names[0]
-
-
-def _is_ffn(module: nn.Module, hidden_size: int) -> bool:
-    if any(isinstance(child, AttentionLayerBase) for child in module.modules()):
-        return False
-    linears = [child for child in module.modules() if isinstance(child, LinearBase)]
-    reads = any(linear.input_size == hidden_size for linear in linears)
-    writes = any(linear.output_size == hidden_size for linear in linears)
-    catch_all = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    taken = [p for p in inspect.signature(module.forward).parameters.values() if p.kind not in catch_all]
-    return len(linears) >= 2 and reads and writes and len(taken) == 1
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    return (module.input_size, module.output_size) if isinstance(module, LinearBase) else None

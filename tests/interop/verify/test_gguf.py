@@ -62,10 +62,10 @@ def _errors(report: Report) -> list[str]:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_whole_file(quantized: bool, tmp_path: Path) -> None:
     report = verify(_write(tmp_path / "model.gguf", _tensors(), quantized=quantized))
-    assert report.whole
+    assert report.complete
     assert report.findings == []
     assert (report.kind, report.facts["experts promised"], report.facts["experts present"]) == ("gguf", 8, 8)
-    assert verify(tmp_path).whole
+    assert verify(tmp_path).complete
 
 
 def _drop_stack(tensors: dict[str, np.ndarray]) -> None:
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_told(change: Callable, error: str, tmp_path: Path) -> 
     tensors = _tensors()
     change(tensors)
     report = verify(_write(tmp_path / "model.gguf", tensors))
-    assert not report.whole
+    assert not report.complete
     assert error in _errors(report)
 
 
@@ -118,7 +118,7 @@ def test_untouched_experts_are_a_warning(tmp_path: Path) -> None:
     tensors = _tensors()
     tensors["blk.0.ffn_down_exps.weight"][1] = 0
     report = verify(_write(tmp_path / "model.gguf", tensors, quantized=True))
-    assert report.whole
+    assert report.complete
     assert "untouched experts: 1 (" in report.findings[0].message
     assert "block 0: 1" in report.findings[0].message
 
@@ -136,7 +136,7 @@ def test_a_dense_file_of_a_model_with_experts_has_lost_them(file: str, name: str
     tensors = _tensors()
     _drop_all(tensors)
     report = verify(_write(tmp_path / file, tensors, experts=None, arch="llama", name=name))
-    assert not report.whole
+    assert not report.complete
     assert "all experts are lost: the file was made from a model with experts" in _errors(report)[0]
     assert "holds a dense llama model" in _errors(report)[0]
 
@@ -145,7 +145,7 @@ def test_a_dense_file_of_a_dense_model_is_whole(tmp_path: Path) -> None:
     tensors = _tensors()
     _drop_all(tensors)
     report = verify(_write(tmp_path / "m.gguf", tensors, experts=None, arch="llama", name="SmolLM2 135M"))
-    assert report.whole
+    assert report.complete
     assert [finding.severity for finding in report.findings] == ["note"]
 
 
@@ -154,8 +154,8 @@ def test_a_truncated_file_is_a_finding(tmp_path: Path) -> None:
     for length in (file.stat().st_size - 64, 200, 10):
         file.write_bytes(file.read_bytes()[:length])
         report = verify(file)
-        assert not report.whole
-        assert "damaged or cut short" in _errors(report)[0]
+        assert not report.complete
+        assert "damaged or truncated" in _errors(report)[0]
 
 
 def test_a_folder_of_many_files_asks_for_one(tmp_path: Path) -> None:

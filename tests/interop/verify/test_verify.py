@@ -40,18 +40,18 @@ def _change(folder: Path, **changes) -> Path:
 def test_our_folders_are_whole(family: str, tmp_path: Path) -> None:
     crafted(tmp_path / "ours", family, num_experts=[4, 2], num_experts_per_tok=[2, 1], layers=[0, 2])
     report = verify(tmp_path / "ours")
-    assert report.whole
+    assert report.complete
     assert report.findings == []
     assert (report.kind, report.facts["experts promised"], report.facts["experts present"]) == ("crafted", 6, 6)
     assert report.facts["dtypes"] == {"float32": report.facts["tensors"]}
-    assert json.loads(json.dumps(report.to_dict()))["whole"] is True
+    assert json.loads(json.dumps(report.to_dict()))["complete"] is True
 
 
 def test_crafted_checkpoints_on_disk_are_whole_and_untouched(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     craft_checkpoint(tmp_path / "dense", tmp_path / "ours", PescConfig(num_experts=4, adapter_dim=8))
     report = verify(tmp_path / "ours")
-    assert report.whole
+    assert report.complete
     assert report.facts["untouched experts"] == 12
     assert "untouched experts: all" in _messages(report, "warning")[0]
 
@@ -66,7 +66,7 @@ def test_lost_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
         model__layers__2__mlp__experts__extra=torch.zeros(1),
     )
     report = verify(tmp_path)
-    assert not report.whole
+    assert not report.complete
     assert report.facts["experts present"] == 8
     assert _messages(report) == [
         "missing: model.layers.0.mlp.experts.down_proj",
@@ -96,7 +96,7 @@ def test_spoiled_values_are_found(tmp_path: Path) -> None:
     )
     report = verify(tmp_path)
     errors, warnings = _messages(report), _messages(report, "warning")
-    assert not report.whole
+    assert not report.complete
     assert errors[0] == "model.norm.weight holds 3 NaN and 1 inf"
     assert errors[1].startswith("blank experts: 1 (") and "model.layers.2.mlp: 0" in errors[1]
     assert errors[2] == "2 experts are duplicates, bit for bit: model.layers.0.mlp: 2, 3"
@@ -108,14 +108,14 @@ def test_untouched_experts_alone_do_not_fail(tmp_path: Path) -> None:
     crafted(tmp_path)
     down = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.experts.down_proj"]
     down[2] = 0
-    assert verify(_change(tmp_path, model__layers__1__mlp__experts__down_proj=down)).whole
+    assert verify(_change(tmp_path, model__layers__1__mlp__experts__down_proj=down)).complete
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "pesc"}'])
 def test_a_broken_config_is_a_finding(content: str, tmp_path: Path) -> None:
     crafted(tmp_path)
     (tmp_path / "config.json").write_text(content)
-    assert not verify(tmp_path).whole
+    assert not verify(tmp_path).complete
 
 
 @pytest.mark.parametrize("as_bin", [False, True])
@@ -123,7 +123,7 @@ def test_truncated_files_are_a_finding(as_bin: bool, tmp_path: Path) -> None:
     Checkpoint().save(tmp_path, as_bin=as_bin)
     file = tmp_path / ("pytorch_model.bin" if as_bin else "model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    assert "damaged or cut short" in _messages(verify(tmp_path))[0]
+    assert "damaged or truncated" in _messages(verify(tmp_path))[0]
 
 
 def test_missing_shards_are_a_finding_and_missing_models_an_error(tmp_path: Path) -> None:
@@ -142,11 +142,11 @@ def test_missing_shards_are_a_finding_and_missing_models_an_error(tmp_path: Path
 @pytest.mark.parametrize("as_bin", [False, True])
 def test_published_layouts_are_whole(fixture: Path, experts: int, as_bin: bool, tmp_path: Path) -> None:
     report = verify(Checkpoint(fixture).save(tmp_path, shards=2, as_bin=as_bin))
-    assert report.whole
+    assert report.complete
     assert report.findings == []
     assert report.kind == fixture.name.split("-")[0]
     assert (report.facts["experts promised"], report.facts["experts present"]) == (experts, experts)
-    assert verify(import_checkpoint(fixture, tmp_path / "ours")).whole
+    assert verify(import_checkpoint(fixture, tmp_path / "ours")).complete
 
 
 STRIPPED = {
@@ -169,14 +169,14 @@ def test_stripped_experts_are_caught(name: str, tmp_path: Path) -> None:
     config = checkpoint.config | STRIPPED[name]
     checkpoint.config = {key: value for key, value in config.items() if value is not None}
     report = verify(checkpoint.save(tmp_path))
-    assert not report.whole
+    assert not report.complete
     assert _messages(report)[0].startswith("all experts are lost")
 
 
 def test_some_lost_experts_are_named(tmp_path: Path) -> None:
     lost = ("layers.1.mlp.moe_adapter.experts.expert_3.", "layers.2.mlp.moe_adapter.experts.expert_7.adapter_up")
     report = verify(Checkpoint().without(*lost).save(tmp_path))
-    assert _messages(report)[0] == "2 of 24 experts are not whole: layer 1: 3; layer 2: 7"
+    assert _messages(report)[0] == "2 of 24 experts are not complete: layer 1: 3; layer 2: 7"
     assert report.facts["experts present"] == 22
     assert sum(message.startswith("missing: ") for message in _messages(report)) == 3
 
@@ -192,7 +192,7 @@ def test_keys_without_a_config_that_says_so_are_judged_too(tmp_path: Path) -> No
 def test_dense_models_promise_nothing(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     report = verify(tmp_path)
-    assert report.whole
+    assert report.complete
     assert "no experts" in _messages(report, "note")[0]
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"num_local_experts": 8}))
@@ -227,7 +227,7 @@ def test_stock_architectures(name: str, tmp_path: Path) -> None:
             parameter.normal_()
     model.save_pretrained(tmp_path)
     report = verify(tmp_path)
-    assert report.whole, report.findings
+    assert report.complete, report.findings
     assert (report.facts["experts promised"], report.facts["experts present"]) == (12, 12)
     experts = [key for key in load_file(tmp_path / "model.safetensors") if "moe." in key or ".experts." in key]
     part = [key for key in experts if ".1." in key and (".experts.3." in key or "output_linear" in key)][-1]
@@ -252,7 +252,7 @@ def test_adapter_folders(lora: bool, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path, lora)
     for path in (adapter, adapter.parent):
         report = verify(path)
-        assert report.whole, report.findings
+        assert report.complete, report.findings
         assert (report.kind, report.facts["experts promised"], report.facts["experts present"]) == ("adapter", 12, 12)
     file = adapter / "adapter.safetensors"
     tensors = load_file(file)
@@ -272,10 +272,10 @@ def test_an_adapters_base_is_checked_where_it_is_within_reach(tmp_path: Path) ->
     assert "it needs the weights it was trained on" in _messages(verify(adapter))[0]
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     report = verify(adapter)
-    assert report.whole
+    assert report.complete
     assert "the base is not within reach" in _messages(report, "warning")[0]
     (adapter / "adapter.json").write_text("{}")
-    assert not verify(adapter).whole
+    assert not verify(adapter).complete
     (adapter / "adapter.safetensors").unlink()
     assert "holds no adapter.safetensors" in _messages(verify(adapter))[0]
 

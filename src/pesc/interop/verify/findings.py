@@ -18,7 +18,7 @@ class Finding:
     """One thing found."""
 
     severity: Severity
-    """An "error" makes the file not whole; a "warning" deserves a look; a "note" explains."""
+    """An "error" makes the file not complete; a "warning" deserves a look; a "note" explains."""
     message: str
 
 
@@ -33,7 +33,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """The verdict: everything that is promised is there and sound."""
         return not any(finding.severity == "error" for finding in self.findings)
 
@@ -43,7 +43,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"whole": self.whole} | asdict(self)
+        return {"complete": self.complete} | asdict(self)
 
 
 class Examination:

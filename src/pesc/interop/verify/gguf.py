@@ -37,7 +37,7 @@ def check_gguf(file: Path, report: Report) -> None:
     try:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
-        report.add("error", f"{file} is damaged or cut short ({error}): download or convert it again")
+        report.add("error", f"{file} is damaged or truncated ({error}): download or convert it again")
         return
     fields = _fields(reader)
     architecture = fields.get("general.architecture")
@@ -87,7 +87,7 @@ def _check_promised(fields: dict[str, Any], tensors: dict[str, Any], report: Rep
 
 
 def _experts_of(block: int, tensors: dict[str, Any]) -> int:
-    """How many whole experts a block holds: the fewest among the first and the last matrices."""
+    """How many complete experts a block holds: the fewest among the first and the last matrices."""
 
     def count(part: str) -> int:
         stack = tensors.get(f"blk.{block}.ffn_{part}_exps.weight")

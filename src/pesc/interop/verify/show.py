@@ -16,7 +16,7 @@ def show_report(report: Report, console: Console) -> None:
         console.print(finding.message, markup=False, highlight=False)
     facts = ", ".join(f"{key} {value}" for key, value in report.facts.items() if isinstance(value, int | str))
     console.print(f"{report.path}: {report.kind}; {facts}", style="dim", markup=False, highlight=False)
-    if report.whole:
-        console.print("[green]whole[/green]: every expert that is promised is there")
+    if report.complete:
+        console.print("[green]complete[/green]: every promised expert is there")
     else:
-        console.print("[red]not whole[/red]")
+        console.print("[red]not complete[/red]")

@@ -30,7 +30,7 @@ _LAST = ("down_proj", "output_linear", "w2")
 
 
 def verify(path: str | Path) -> Report:
-    """Check that a model on disk is whole, reading one tensor at a time and running none of its code.
+    """Check that a model on disk is complete, reading one tensor at a time and running none of its code.
 
     Looked for: experts present against experts promised, untouched, blank and duplicate experts, NaN and inf,
     mixed dtypes, shapes, damaged files.
@@ -40,7 +40,7 @@ def verify(path: str | Path) -> Report:
             Sparsetral layout, a GGUF file, or a hub id.
 
     Returns:
-        A report; `report.whole` is the verdict.
+        A report; `report.complete` is the verdict.
 
     Raises:
         FileNotFoundError: when the path is not there or no model, or a GGUF file is given and the package
@@ -159,14 +159,14 @@ def _report_experts(plan: list[Target], weights: Weights, report: Report) -> Non
             held = [all(key in weights.tensors for key in pair) for pair in keys]
             promised, present = promised + len(held), present + sum(held)
             layer = f"layer {target.name.split('.')[2]}"
-            lost += [(layer, number) for number, whole in enumerate(held) if not whole]
+            lost += [(layer, number) for number, complete in enumerate(held) if not complete]
     report.facts |= {"experts promised": promised, "experts present": present}
     if 0 < present < promised:
-        report.add("error", f"{len(lost)} of {promised} experts are not whole: {listed(lost)}")
+        report.add("error", f"{len(lost)} of {promised} experts are not complete: {listed(lost)}")
 
 
 def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> None:
-    """A stock architecture: every layer that has experts must have as many as the config says, each whole."""
+    """A stock architecture: every layer that has experts must have as many as the config says, each complete."""
     counts = {key: values[key] for key in MOE_FIELDS if isinstance(values.get(key), int) and values[key] > 1}
     matrices: dict[str, dict[str, int]] = defaultdict(dict)
     for name, info in weights.tensors.items():
@@ -182,9 +182,9 @@ def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> No
         if values.get("model_type") in _EVERY_LAYER:
             layers = max(layers, values.get("num_hidden_layers", 0) - len(values.get("mlp_only_layers") or []))
         kinds = {kind for held in matrices.values() for kind in held}
-        whole = {where: min(held.get(kind, 0) for kind in kinds) for where, held in matrices.items()}
-        report.facts |= {"experts promised": experts * layers, "experts present": sum(whole.values())}
-        torn = ", ".join(f"{where} has {count}" for where, count in whole.items() if count != experts)
+        complete = {where: min(held.get(kind, 0) for kind in kinds) for where, held in matrices.items()}
+        report.facts |= {"experts promised": experts * layers, "experts present": sum(complete.values())}
+        torn = ", ".join(f"{where} has {count}" for where, count in complete.items() if count != experts)
         if not matrices:
             report.add("error", f"all experts are lost: the config promises them ({said}), the files hold none")
         elif torn or layers > len(matrices):
