@@ -87,7 +87,7 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     shard = sorted(dense.glob("model-*.safetensors"))[0]
     whole = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}, which its index names"):
+    with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}, named by its index"):
         craft_checkpoint(dense, tmp_path / "out", CONFIG)
     shard.write_bytes(whole)
     index = dense / "model.safetensors.index.json"

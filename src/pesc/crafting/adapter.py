@@ -37,7 +37,7 @@ class AdapterSettings:
     pesc: PescConfig | None
     """The experts; None for a dense model tuned with LoRA alone."""
     lora: dict[str, Any] | None
-    """peft's settings where they differ from its defaults."""
+    """peft's settings that differ from its defaults."""
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:

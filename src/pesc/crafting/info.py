@@ -34,7 +34,7 @@ class ModelInfo:
     file_bytes: int
     """Size of the weight files."""
     pesc: dict[str, Any] | None = None
-    """The method's settings, where there are experts."""
+    """The method's settings; None for a dense model."""
     lora: dict[str, Any] | None = None
     crafted_layers: list[int] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)

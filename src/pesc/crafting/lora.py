@@ -1,4 +1,4 @@
-"""LoRA beside experts: what trains, and merging it into the dense weights."""
+"""LoRA beside experts: which parameters train, and merging into the dense weights."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def fold(model: PreTrainedModel) -> PreTrainedModel:
     """Merge LoRA into the dense weights, so that `save_pretrained` writes a standalone model.
 
-    Experts cannot be merged: which of them act differs from token to token.
+    Experts cannot be merged: different tokens use different ones.
 
     Args:
         model: changed in place; without LoRA it is returned as it is.

@@ -21,13 +21,13 @@ def add_experts(model: PreTrainedModel, config: PescConfig) -> None:
         config: the method's settings.
 
     Raises:
-        ValueError: where `find_ffns` or `PescConfig.for_layers` does.
+        ValueError: as `find_ffns` and `PescConfig.for_layers` do.
     """
     ffns = find_ffns(model)
     layers = config.for_layers(len(ffns))
     for index, (_, ffn) in enumerate(ffns):
         if index in layers:
-            # Where this layer lies; quantized weights are of an integer dtype, which adapters never take.
+            # The layer's own device; quantized weights have an integer dtype, unfit for adapters.
             device = next(ffn.parameters()).device
             crafted = craft_ffn(ffn, model.config, config, layers[index], model.config.hidden_size)
             crafted.router.to(device=device, dtype=model.dtype)

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what the model is, how it was trained, measured, and may be used."""
+"""The model card of an exported folder: the model, its training, its results and its use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS, CARD = "results.json", "README.md"
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that the card of a model's folder names; None where it names none."""
+    """The licence that the card of a model's folder names; None if it names none."""
     value = _front_matter(folder).get("license")
     return value if isinstance(value, str) else None
 
@@ -96,7 +96,7 @@ def _what(ref: ModelRef, base: str) -> str:
     }
     return (
         f"A mixture of experts made from {base} by parameter-efficient sparsity crafting (PESC, arXiv 2401.02731): all "
-        "experts of a layer share the dense FFN and differ in a small adapter. LoRA, where there was some, is folded "
+        "experts of a layer share the dense FFN and differ in a small adapter. LoRA, if it had some, is folded "
         "into the weights.\n\n" + _table(["setting", "value"], [[key, value] for key, value in rows.items()])
     )
 
@@ -148,13 +148,13 @@ def _intended_use(base: str) -> str:
         "## Intended use and limits\n\n"
         f"Research on, and use of, small-cost mixtures of experts, within what its base ({base}) is meant and allowed "
         "for. The model has its base's knowledge, languages, biases and errors, and those of the data it was tuned on. "
-        "It was not tested for safety: do not let it act or advise unwatched where an error would harm someone."
+        "It was not tested for safety: do not let it act or advise unwatched if an error could harm someone."
     )
 
 
 def _licence(licence: str | None) -> str:
     if licence:
-        return f"## Licence\n\nThe base's: {licence}. Its files, where there were some, lie in this folder."
+        return f"## Licence\n\nThe base's: {licence}. Its files, if it had some, lie in this folder."
     return (
         "## Licence\n\nThe base's, whose card was not found beside its weights: look it up, and write it into the "
         "first lines of this file, before you share the model."

@@ -1,4 +1,4 @@
-"""What a format is: what it can hold, and how a model goes into it and comes out of it."""
+"""A format: the models that it can hold, its writer and its reader."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NO_MULTIPLIERS = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
-"""Granite's multipliers where they change nothing; attention_multiplier is head_dim ** -0.5 there."""
+"""Granite's multipliers at the values that change nothing; attention_multiplier is head_dim ** -0.5 there."""
 _SCALED_ROPE = ("default", "linear", "yarn", "llama3")
 
 
@@ -43,14 +43,14 @@ def crafted_layers(config: Any) -> list[int]:
 
 
 def multipliers_of(config: Any) -> dict[str, float]:
-    """The four numbers by which Granite scales, of a Granite base or as no scaling at all."""
+    """Granite's four multipliers: those of a Granite base, or values that change nothing."""
     if config.base_model_type == "granite":
         return {name: float(getattr(config, name)) for name in (*NO_MULTIPLIERS, "attention_multiplier")}
     return NO_MULTIPLIERS | {"attention_multiplier": head_dim_of(config) ** -0.5}
 
 
 def reasons_against(config: Any, limits: Limits) -> list[str]:
-    """Why a format cannot hold a crafted model, a reason each; empty where it can.
+    """Why a format cannot hold a crafted model, a reason each; empty if it can.
 
     Args:
         config: the crafted model's; no weights are needed.
@@ -107,7 +107,7 @@ def _dense_reasons(config: Any, limits: Limits) -> list[str]:
 
 
 def _window(config: Any) -> int | None:
-    """The sliding window, where there is one that ever leaves something out."""
+    """The sliding window; None if it covers every position anyway."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     slides = window and (kinds is None or "sliding_attention" in kinds)

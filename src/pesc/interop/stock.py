@@ -32,7 +32,7 @@ DEFAULT_FORMAT = {
     "qwen2": "qwen2_moe",
     "qwen3": "qwen3_next",
 }
-"""The architecture for each dense family, which `--format stock` takes: the one that most engines were seen to run."""
+"""The architecture of `--format stock` for each dense family: the one that most engines were seen to run."""
 _COMMON_FIELDS = (
     *("attention_dropout", "bos_token_id", "eos_token_id", "hidden_size", "initializer_range"),
     *("max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id"),
@@ -115,7 +115,7 @@ def _qwen3_config(config: Any) -> dict[str, Any]:
         "architectures": ["Qwen3NextForCausalLM"],
         "attention_bias": False,
         "full_attention_interval": 1,
-        # Of linear attention, which no layer has; mlx-lm does not read the config without them.
+        # Settings of linear attention, unused here; mlx-lm does not read the config without them.
         "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 128,
         "linear_num_key_heads": 16,
@@ -154,7 +154,7 @@ def _qwen2_tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
         bias = name.removesuffix("weight") + "bias"
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and bias not in source.names:
-            # vLLM leaves what the file lacks unset, and computes NaN with it.
+            # vLLM leaves absent tensors unset, and computes NaN with them.
             yield bias, tensor.new_zeros(tensor.shape[0])
 
 

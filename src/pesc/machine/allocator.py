@@ -21,11 +21,11 @@ _SCARCE = 0.25  # of the machine's memory
 def keep_freed_memory() -> bool:
     """On a CPU, make glibc keep the memory of freed tensors for the next ones, in huge pages, for the whole process.
 
-    By default it asks the kernel for every large tensor anew, and the kernel clears each page. docs/log.md has what
-    that costs.
+    By default it asks the kernel for every large tensor anew, and the kernel clears each page. docs/log.md has the
+    cost.
 
     Returns:
-        Whether the C library took the setting; False with a GPU, or where the library is not glibc.
+        Whether the C library took the setting; False with a GPU, or if the library is not glibc.
     """
     libc = _glibc()
     if libc is None or torch.cuda.is_available():
@@ -37,7 +37,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give what glibc keeps back to the kernel, once."""
+    """Give the memory that glibc keeps back to the kernel, once."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
@@ -46,7 +46,7 @@ def release_freed_memory() -> None:
 def release_where_scarce() -> bool:
     """`release_freed_memory` if less than a quarter of the machine's memory is available: for between steps.
 
-    Steps whose tensors have ever new sizes leave ever more pieces that fit none of the next.
+    Steps with tensors of ever new sizes leave more and more pieces that fit no later tensor.
 
     Returns:
         Whether memory was given back.

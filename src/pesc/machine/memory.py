@@ -21,7 +21,7 @@ class PeakMemory:
     """Filled when the measured block ends."""
 
     gigabytes: float = 0.0
-    """Of the GPU where there is one, else of the process (10^9 bytes)."""
+    """Of the GPU if there is one, else of the process (10^9 bytes)."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def measure_peak_memory() -> Iterator[PeakMemory]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _RESET.exists():
-        release_freed_memory()  # of what was done before
+        release_freed_memory()  # freed by earlier work
         _RESET.write_text("5")
     try:
         yield peak

@@ -1,4 +1,4 @@
-"""oneDNN, torch's library for products on CPUs, switched off where it costs more than it gives."""
+"""oneDNN, torch's library for products on CPUs, switched off for operations that it slows down."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def without_onednn(x_TD: torch.Tensor, *, up_to: int) -> AbstractContextManager[
     """A block for small operations on a CPU: oneDNN sets up each for 10 to 20 microseconds, more than they take.
 
     Args:
-        x_TD: what they work on; the block does nothing for other devices and under `torch.compile`.
-        up_to: the most rows T for which it does anything.
+        x_TD: their input; the block does nothing for other devices and under `torch.compile`.
+        up_to: the largest T for which it acts.
     """
     if x_TD.shape[0] > up_to or x_TD.device.type != "cpu" or torch.compiler.is_compiling():
         return nullcontext()

@@ -15,7 +15,7 @@ _TALKATIVE = ("trl", "bitsandbytes", "transformers")
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside the block, what is not ours shows errors only, as they would tear a progress bar apart."""
+    """Inside the block, other libraries show errors only: their notices would tear a progress bar apart."""
     bars = transformers_logging.is_progress_bar_enabled()
     verbosity = transformers_logging.get_verbosity()
     data_bars = datasets.are_progress_bars_disabled()

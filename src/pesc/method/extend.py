@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 
 class Extension:
-    """Base of what is put in front of a dense class.
+    """Base of the classes that are put in front of a dense class.
 
     The resulting classes are made at run time, one for each dense class, and named `prefix` + the dense name.
     """
@@ -22,7 +22,7 @@ class Extension:
         return {}
 
     def __reduce__(self) -> Any:
-        # pickle and deepcopy find classes by name, where these are not.
+        # pickle and deepcopy find classes by name, and these are not attributes of a module.
         return _new, (type(self).dense_class, type(self).extension), self.__dict__
 
 

@@ -36,7 +36,7 @@ class TensorDifferences:
         ]
 
     def refuse(self, fault: str, promised: str = "by the config") -> None:
-        """Raise ValueError with the fault and every line; nothing where there is no difference."""
+        """Raise ValueError with the fault and every line; do nothing if there is no difference."""
         if lines := self.lines(promised):
             raise ValueError(f"{fault}:\n" + "\n".join(f"  {line}" for line in lines))
 

@@ -41,7 +41,7 @@ def download(model: str, way_out: str, *, pickled: bool = False) -> Path:
 
     Args:
         model: hub id, such as org/name.
-        way_out: what else can be given, quoted in the error.
+        way_out: other valid names, quoted in the error.
         pickled: also take `.bin` files if the model has no safetensors.
 
     Raises:

@@ -26,7 +26,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """A tensor's description, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -159,7 +159,7 @@ def _indexed(folder: Path, index: str) -> list[Path]:
         raise ValueError(f"the index of {folder} names {', '.join(outside)}: files must lie in the folder itself")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names: download them again")
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, named by its index: download again")
     return [folder / name for name in names]
 
 
@@ -186,7 +186,7 @@ class ShardWriter:
     """Writes tensors into safetensors shards of a folder, holding at most one shard's worth.
 
     Args:
-        folder: where the files go.
+        folder: of the files to write.
         limit: bytes after which a shard is written.
     """
 
@@ -206,7 +206,7 @@ class ShardWriter:
         self._total += size
 
     def finish(self) -> None:
-        """Write what is left, give the shards their final names and write the index; one shard needs none."""
+        """Write the rest, give the shards their final names and write the index; one shard needs none."""
         self._flush()
         count = len(self._shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]

@@ -100,7 +100,7 @@ class CraftedFFN(nn.Module):
             hidden_states: [..., D].
 
         Returns:
-            [..., D]; the part of this rank where the family sums the FFN's output over ranks only later.
+            [..., D]; only this rank's part if the family sums the FFN's output over ranks later.
         """
         shared = self.dense_forward(hidden_states)
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -138,7 +138,7 @@ def craft_ffn(ffn: nn.Module, config: PescConfig, layer: LayerConfig, hidden_siz
     """
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     dense: Any = type(ffn)
-    # vLLM binds rewritten forwards to instances where it builds on transformers' modules.
+    # vLLM binds rewritten forwards to instances when it builds on transformers' modules.
     own = vars(ffn).pop("forward", None)
     ffn.__class__ = _crafted_ffn_class(dense, dense.forward if own is None else own.__func__)
     assert isinstance(ffn, CraftedFFN)
@@ -184,7 +184,7 @@ def grouped_experts(
     """The chosen adapters' weighted sum, one pair of products for each expert that some token chose.
 
     Args:
-        hidden_TD: what the adapters read.
+        hidden_TD: the adapters' input.
         first_EaD: first matrices; [E, 2a, D] when gated, the gate's rows first.
         down_EDa: second matrices.
         weights_TK: the router's weights, scaling included.
@@ -224,7 +224,7 @@ def _like_hidden(
     return torch.empty_like(hidden_TD)
 
 
-# An operator of its own: the compiler must not look inside, where shapes depend on the routing.
+# An operator of its own: its shapes depend on the routing, so the compiler must not look inside.
 _library = torch.library.Library("pesc", "FRAGMENT")
 
 

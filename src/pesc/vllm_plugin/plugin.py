@@ -28,7 +28,7 @@ def register() -> None:
 
     dense_names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & ModelRegistry.get_supported_archs()
     for dense_name in sorted(dense_names):
-        # By name, so that vLLM imports the class only where it may: importing one can start CUDA.
+        # By name, so that vLLM imports the class only when it may: importing one can start CUDA.
         ModelRegistry.register_model(PREFIX + dense_name, f"{_MODELS}:{PREFIX}{dense_name}")
         if dense_name in MODELS_CONFIG_MAP:
             MODELS_CONFIG_MAP[PREFIX + dense_name] = MODELS_CONFIG_MAP[dense_name]

@@ -1,6 +1,6 @@
 """A tokenizer and its chat template as GGUF metadata.
 
-llama.cpp splits text by rules it knows by name; a tokenizer is taken by its own rules, whatever its model is called.
+llama.cpp splits text by rules it knows by name; a tokenizer is recognised by its own rules, not by its model's name.
 
 | tokenizer | `tokenizer.ggml.model`, `.pre` |
 |---|---|
@@ -37,7 +37,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE_TYPE = 1, 2, 3, 4, 5,
 
 
 def vocabulary_reasons(folder: Path, vocab_size: int) -> list[str]:
-    """Why a folder's tokenizer cannot be written to a GGUF file; empty where it can.
+    """Why a folder's tokenizer cannot be written to a GGUF file; empty if it can.
 
     Args:
         folder: with a `tokenizer.json`.
@@ -83,7 +83,7 @@ def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
 
 
 def _kind(values: dict[str, Any]) -> str | None:
-    """The value of `tokenizer.ggml.pre`; None where none fits."""
+    """The value of `tokenizer.ggml.pre`; None if none fits."""
     model, normalizer = values["model"], values.get("normalizer")
     if model.get("type") != "BPE":
         return None

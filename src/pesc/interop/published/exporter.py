@@ -64,7 +64,7 @@ def _reasons_against(ref: ModelRef, layout: str) -> list[str]:
 
 
 def _kept_from_import(config: Any, layout: str) -> dict[str, Any] | None:
-    """What the import kept, where the model comes from this very layout."""
+    """The config that the import kept; None if the model comes from elsewhere."""
     source = getattr(config, SOURCE, None)
     if not isinstance(source, dict):
         return None
@@ -123,7 +123,7 @@ def _known_bases(layout: str) -> str:
 def _returned_config(
     config: Any, layout: Layout, source: dict[str, Any], names: Iterable[str], expert_dtype: str
 ) -> dict[str, Any]:
-    """The source's config, with what has changed since the import."""
+    """The imported config with the changes since."""
     values = dict(source["config"])
     before = config_from(values, layout, names)
     now, then = _comparable(config), _comparable(before)

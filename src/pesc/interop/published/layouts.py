@@ -32,7 +32,7 @@ METHOD_FIELDS = {
     "moe_scaling": "adapter_scaling",
 }
 TRAINING_FIELDS = ("adapter_dropout", "router_aux_loss_coef")
-"""Fields that only training reads; where absent, the paper's values stand."""
+"""Fields that only training reads; the paper's values replace absent ones."""
 SOURCE = "imported_from"
 """The field of our config that keeps the published one, so that an export gives it back."""
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_adapter\.experts\.(expert_|)(\d+)\.adapter_(down|up)\.weight")
@@ -93,7 +93,7 @@ def is_published(values: dict[str, Any], names: Iterable[str]) -> bool:
 
 
 def detect(values: dict[str, Any], names: Iterable[str]) -> Layout:
-    """Tell the layout of a checkpoint by its keys and its config.
+    """The layout of a checkpoint, recognised by its keys and its config.
 
     Args:
         values: the config; its `model_type` may be "llama" or another dense family's.
@@ -144,8 +144,8 @@ def method_from(values: dict[str, Any]) -> PescConfig:
     missing = [key for key in _REQUIRED if values.get(key) is None]
     if missing:
         raise ValueError(
-            f"the config lacks {', '.join(missing)}, which no tensor tells and no default may stand for: "
-            "add what the model was trained with to its config.json"
+            f"the config lacks {', '.join(missing)}, and neither a tensor nor a default can tell their values: "
+            "add the values of its training to its config.json"
         )
     if values.get("quantization_config"):
         raise ValueError("the config has a quantization_config: import the unquantized checkpoint")
@@ -159,10 +159,10 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
     Args:
         values: the published config.
         layout: as `detect` tells it.
-        names: the checkpoint's keys, which tell of biases.
+        names: the checkpoint's keys; they show whether there are biases.
 
     Raises:
-        ValueError: where `method_from` does.
+        ValueError: as `method_from` does.
     """
     method = method_from(values)
     dense = {key: value for key, value in values.items() if key not in _NOT_DENSE}
@@ -219,7 +219,7 @@ def expert_of(name: str) -> tuple[int, int, str] | None:
 
 
 def _named_layout(values: dict[str, Any]) -> str:
-    """The layout whose name the config bears; empty where it bears none."""
+    """The layout that the config names; empty if it names none."""
     auto_map = list((values.get("auto_map") or {}).values())
     for text in (values.get("model_type"), *(values.get("architectures") or []), *auto_map):
         if match := _NAMES.search(str(text)):

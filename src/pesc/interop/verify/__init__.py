@@ -1,1 +1,1 @@
-"""`pesc verify`: prove that a model's files hold what they promise."""
+"""`pesc verify`: prove that a model's files hold the experts that they promise."""

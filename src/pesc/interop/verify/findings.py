@@ -47,9 +47,9 @@ class Report:
 
 
 class Examination:
-    """Looks at tensors as they stream by, and tells at the end what is wrong with them.
+    """Looks at tensors as they stream by, and reports their faults at the end.
 
-    Experts are named by where they are ("layer 3") and their number. Of each, only digests of its matrices
+    Experts are named by their layer ("layer 3") and their number. Of each, only digests of its matrices
     are remembered.
     """
 

@@ -15,7 +15,7 @@ _OURS = re.compile(r"\bpesc\b", re.IGNORECASE)
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 # Files of an older converter hold each expert's matrix apart.
 _SINGLE = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")
-# Texts of any length, which mention whatever they like.
+# Texts of any length and content.
 _LONG = ("tokenizer.", "general.license")
 
 

@@ -24,11 +24,11 @@ _SMALL_BANK = 1024
 
 
 def auto_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Any:
-    """The backend that was fastest for the shape where it was measured (docs/results.md).
+    """The backend that was fastest for the shape in our measurements (docs/results.md).
 
     On a CPU: `token_mm` for one token; `wide_mm` for up to 32 tokens, and without gradients in bfloat16 for any number
-    while E * A is at most 1024; else `sorted_mm`. On a GPU and under `torch.compile`, where sorting on the host would
-    stall or break the graph: `wide_mm` while E * A is at most 1024, else `grouped_mm`; but for one token, compiled,
+    while E * A is at most 1024; else `sorted_mm`. On a GPU and under `torch.compile` (sorting on the host would
+    stall or break the graph): `wide_mm` while E * A is at most 1024, else `grouped_mm`; but for one token, compiled,
     transformers' `batched_mm`, whose copies of the chosen experts the compiler leaves out.
     """
     experts, _, adapter_dim = bank.down_proj.shape

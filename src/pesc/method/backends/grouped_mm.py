@@ -11,7 +11,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 def aligned_grouped_mm_experts_forward(
     bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> Any:
-    """transformers' `grouped_mm` where torch's kernel takes the bank's shape, else the oracle loop.
+    """transformers' `grouped_mm` if torch's kernel takes the bank's shape, else the oracle loop.
 
     The kernel wants the rows of every matrix to be multiples of 16 bytes long.
     """

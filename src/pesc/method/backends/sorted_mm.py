@@ -48,7 +48,7 @@ def sorted_mm_experts_forward(
 class _SortedExperts(torch.autograd.Function):
     """sum_i R_i W_up_i act(W_down_i x) over S rows, those of an expert together.
 
-    Args of `forward`: row s holds token `token_S[s]`; `slot_TK` says in which row a token's k-th choice is computed.
+    Args of `forward`: row s holds token `token_S[s]`; `slot_TK` holds the row of a token's k-th choice.
 
     Of the forward pass only the first product, [S, W], is kept: gathered tokens and activations are made again in the
     backward pass. The K rows of a token are gathered, weighted and summed in one operation (`embedding_bag`).
@@ -117,7 +117,7 @@ def _empty_gradient(bank: torch.Tensor, segments: Segments) -> torch.Tensor:
 
 
 def _segments(counts: list[int], *, rounded: bool) -> tuple[Segments, list[int]]:
-    """The rows of each chosen expert, and where those of every expert start."""
+    """The rows of each chosen expert, and the first row of every expert."""
     heights = [_rounded(count) for count in counts] if rounded else counts
     ends = list(accumulate(heights))
     starts = [end - height for end, height in zip(ends, heights, strict=True)]

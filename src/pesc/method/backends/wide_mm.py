@@ -14,7 +14,7 @@ def wide_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch
     """All experts as one wide pair of matrix products, the unchosen ones masked to zero.
 
     Does E / K times the arithmetic of the chosen experts alone, but without sorting, gathering or copies of the
-    tokens; it wins where E * A is small.
+    tokens; it wins while E * A is small.
     """
     first_EWD, second_EDA = bank.first, bank.down_proj
     experts, width, hidden = first_EWD.shape
@@ -24,6 +24,6 @@ def wide_mm_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch
     with without_onednn(hidden_states, up_to=FEW_TOKENS):
         inner_TEA = bank.activate(first_TEW) * gate_TE.unsqueeze(-1)
     if hidden_states.shape[0] <= FEW_TOKENS:
-        # Laying the second matrices side by side copies them, which few tokens would not pay back.
+        # Laying the second matrices side by side copies them: a cost too high for few tokens.
         return torch.bmm(inner_TEA.transpose(0, 1), second_EDA.transpose(1, 2)).sum(dim=0)
     return F.linear(inner_TEA.flatten(1), second_EDA.transpose(0, 1).flatten(1))
