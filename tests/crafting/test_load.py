@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from checkpoints import tiny_dense
+from pesc import PescConfig, add_lora, craft, craft_checkpoint, save_adapter
 from pesc.crafting.load import load, load_tokenizer, locate
 from pesc.crafting.sources import resolve
 
@@ -48,3 +53,64 @@ def test_missing_and_truncated_weights(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError, match=str(folder)):
         load(folder)
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> Path:
+    """Replace tensors of a checkpoint; None removes one. Two underscores stand for a dot."""
+    held = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        held.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            held[name.replace("__", ".")] = tensor
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_dense_model_with_missing_tensors_is_never_filled_in(tmp_path: Path) -> None:
+    folder = change(tiny_dense(tmp_path / "dense"), model__layers__1__mlp__down_proj__weight=None)
+    change(folder, model__norm__weight=torch.ones(5))
+    with pytest.raises(ValueError, match="does not hold the model its config describes") as error:
+        load(folder)
+    assert "missing: model.layers.1.mlp.down_proj.weight" in str(error.value)
+    assert "wrong shape: model.norm.weight is [5] in the file, [32] by the config" in str(error.value)
+
+
+def test_a_crafted_model_under_a_dense_model_type_keeps_its_experts_or_is_refused(tmp_path: Path) -> None:
+    out = craft_checkpoint(tiny_dense(tmp_path / "dense"), tmp_path / "out", PescConfig(num_experts=2, adapter_dim=4))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"model_type": "llama", "architectures": None}))
+    with pytest.raises(ValueError, match="unexpected: model.layers.0.mlp.router.weight"):
+        load(out)
+
+
+def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_ref_knows_kind_base_run_and_settings(tmp_path: Path) -> None:
+    dense = tiny_dense(tmp_path / "dense")
+    crafted = craft_checkpoint(dense, tmp_path / "crafted", PescConfig(num_experts=2, adapter_dim=4))
+    model = add_lora(
+        craft(load(dense), PescConfig(num_experts=2, adapter_dim=4)), LoraConfig(r=2, target_modules="all-linear")
+    )
+    save_adapter(model, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    refs = {path: locate(tmp_path / path) for path in ("dense", "crafted", "run", "run/adapter")}
+    assert [ref.kind for ref in refs.values()] == ["dense", "crafted", "adapter", "adapter"]
+    assert [ref.base.folder for ref in refs.values()] == [dense, crafted, dense, dense]
+    assert [ref.run for ref in refs.values()] == [None, None, tmp_path / "run", tmp_path / "run"]
+    assert [ref.pesc_config is None for ref in refs.values()] == [True, False, False, False]
+    for ref in refs.values():
+        assert not ref.differences().lines()
+        assert set(dict(ref.load(folded=True).named_parameters())) == set(dict(ref.skeleton().named_parameters()))
+        assert ref.tokenizer().chat_template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from pesc.crafting.adapter import ADAPTER_JSON, AdapterSettings, adapter_weights
 from pesc.crafting.configuration import MODEL_TYPE, crafted_config
 from pesc.crafting.craft import craft
 from pesc.crafting.lora import adapter_tensors, add_lora, fold
+from pesc.crafting.modeling import loading_differences
 from pesc.crafting.skeleton import differences_from, skeleton_of
 from pesc.crafting.sources import resolve
 from pesc.storage.compare import TensorDifferences, compare_tensors
@@ -25,6 +27,7 @@ from pesc.storage.weights import Weights, weights_hash
 
 Kind = Literal["dense", "crafted", "adapter"]
 RECIPE = "recipe.yaml"
+_EXPERTS = re.compile(r"\.(router|experts|moe_adapter)\.")
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class ModelRef:
         """
         folder = self.base.folder
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({error})") from error
         if tokenizer.pad_token is None:
@@ -156,7 +159,7 @@ class ModelRef:
                 misshapen; all of them are listed.
         """
         if self.kind != "adapter":
-            return _load_model(self.folder, self.name, dtype, kwargs)
+            return _load_model(self, {"dtype": dtype} | kwargs)
         self.check_base()
         model = self.base.load(dtype=dtype, **kwargs)
         if self.settings.pesc is not None and self.base.kind == "dense":
@@ -236,21 +239,32 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def _read_config(folder: Path, name: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is no config that transformers can read: {error}") from error
     config.name_or_path = name
     return config
 
 
-def _load_model(folder: Path, name: str, dtype: str | torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
+    if ref.kind == "dense":
+        # With it off, transformers raises at the first kind of problem; the complete list is made below.
+        options["ignore_mismatched_sizes"] = True
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            ref.folder, output_loading_info=True, trust_remote_code=False, **options
+        )
     except OSError as error:
-        raise FileNotFoundError(f"{folder}: {str(error).splitlines()[0]}") from error
+        raise FileNotFoundError(f"{ref.folder}: {str(error).splitlines()[0]}") from error
     except Exception as error:
         if "safetensor" in type(error).__name__.lower():
-            raise ValueError(f"{folder}: a weight file is damaged or truncated ({error}); download it again") from error
+            raise ValueError(
+                f"{ref.folder}: a weight file is damaged or truncated ({error}); download it again"
+            ) from error
         raise
-    loaded.config.name_or_path = name
+    differences = loading_differences(info)
+    # A dense family may leave tensors aside (old buffers, heads for other tasks); experts are never left aside.
+    differences.unexpected = [key for key in differences.unexpected if _EXPERTS.search(key)]
+    differences.refuse(f"{ref.folder} does not hold the model its config describes")
+    loaded.config.name_or_path = ref.name
     return loaded.eval()
