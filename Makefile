@@ -20,6 +20,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # vLLM and llama.cpp in environments of their own; the second compiles for some minutes.
 test-engines: setup .engines/.setup

@@ -123,7 +123,9 @@ def test_bad_configs_are_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm", "wide_mm", "token_mm", "sorted_mm", "auto"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "batched_mm", "grouped_mm", "pesc_wide_mm", "pesc_token_mm", "pesc_sorted_mm", "pesc_auto"]
+)
 def test_backends_are_chosen_by_name(backend: str, tmp_path: Path) -> None:
     model = crafted_model()
     model.save_pretrained(tmp_path)
@@ -218,7 +220,7 @@ def test_gradient_accumulation_averages_the_router_losses() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm", "wide_mm", "auto"])
+@pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm", "pesc_wide_mm", "pesc_auto"])
 def test_compiles_without_graph_breaks_in_our_layer(backend: str) -> None:
     model = crafted_model()
     model.set_experts_implementation(backend)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from pesc.method.experts import build_experts
 
-BACKENDS = ["batched_mm", "grouped_mm", "wide_mm", "token_mm", "sorted_mm", "auto"]
+BACKENDS = ["batched_mm", "grouped_mm", "pesc_wide_mm", "pesc_token_mm", "pesc_sorted_mm", "pesc_auto"]
 # (T, D, A, E, K): one token; empty experts; E no power of two; K = E; one expert; plain; odd widths; large.
 SIZES = [
     (1, 16, 8, 4, 2),
@@ -64,7 +67,7 @@ def test_backend_matches_the_oracle(backend: str, activation: str, size: tuple[i
         assert (ours.float() - oracle.float()).abs().max() <= tolerance * scale
 
 
-@pytest.mark.parametrize("backend", ["eager", "sorted_mm"])
+@pytest.mark.parametrize("backend", ["eager", "pesc_sorted_mm"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_gradients_in_float64(activation: str, backend: str) -> None:
     bank = make_bank(activation, 3, 6, 4, torch.float64)
@@ -97,9 +100,9 @@ def test_oracle_is_the_papers_sum(activation: str) -> None:
 
 def test_sorted_backward_leaves_frozen_weights_alone() -> None:
     bank, inputs = make_bank("gelu", 4, 8, 4, torch.float32), make_input((6, 8, 4, 4, 2), torch.float32)
-    whole = run(bank, "sorted_mm", inputs)
+    whole = run(bank, "pesc_sorted_mm", inputs)
     bank.requires_grad_(False)
-    frozen = run(bank, "sorted_mm", inputs)
+    frozen = run(bank, "pesc_sorted_mm", inputs)
     assert torch.equal(frozen[1], whole[1])
     assert frozen[3:] == [None, None]
 
@@ -127,28 +130,40 @@ def test_sorted_backward_of_one_trained_matrix(trained: str) -> None:
     bank, inputs = make_bank("gelu", 4, 8, 4, torch.float32), make_input((6, 8, 4, 4, 2), torch.float32)
     bank.requires_grad_(False)
     getattr(bank, trained).requires_grad_(True)
-    for ours, oracle in zip(run(bank, "sorted_mm", inputs), run(bank, "eager", inputs), strict=True):
+    for ours, oracle in zip(run(bank, "pesc_sorted_mm", inputs), run(bank, "eager", inputs), strict=True):
         assert (ours is None) == (oracle is None)
         assert ours is None or torch.allclose(ours, oracle, atol=1e-5)
 
 
 def test_sorted_in_float16() -> None:
     bank, inputs = make_bank("gelu", 8, 32, 16, torch.float16), make_input((130, 32, 16, 8, 2), torch.float16)
-    for ours, oracle in zip(run(bank, "sorted_mm", inputs), run(bank, "eager", inputs), strict=True):
+    for ours, oracle in zip(run(bank, "pesc_sorted_mm", inputs), run(bank, "eager", inputs), strict=True):
         assert (ours.float() - oracle.float()).abs().max() <= 0.005 * oracle.float().abs().max()
 
 
 def test_sorted_of_no_tokens() -> None:
     bank = make_bank("gelu", 4, 8, 4, torch.float32)
-    bank.config._experts_implementation = "sorted_mm"
+    bank.config._experts_implementation = "pesc_sorted_mm"
     empty = torch.zeros(0, 2)
     assert bank(torch.zeros(0, 8), empty.long(), empty).shape == (0, 8)
 
 
-@pytest.mark.parametrize("backend", ["wide_mm", "sorted_mm", "auto"])
+@pytest.mark.parametrize("backend", ["pesc_wide_mm", "pesc_sorted_mm", "pesc_auto"])
 def test_autocast_of_float32_weights(backend: str) -> None:
     bank, inputs = make_bank("gelu", 8, 16, 8, torch.float32), make_input((40, 16, 8, 8, 2), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         ours, oracle = run(bank, backend, inputs), run(bank, "eager", inputs)
     for a, b in zip(ours, oracle, strict=True):
         assert (a.float() - b.float()).abs().max() <= 0.03 * b.abs().max()
+
+
+def test_what_we_register_in_transformers_bears_our_name() -> None:
+    code = (
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as known; before = set(known)\n"
+        "import pesc, pesc.method.experts, pesc.bench.references as references; references.register()\n"
+        "print(sorted(set(known) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = ast.literal_eval(done.stdout)
+    assert "pesc_auto" in names
+    assert all(name.startswith("pesc_") for name in names)

@@ -38,4 +38,4 @@ def all_experts(bank: Any, hidden_states: torch.Tensor, index: torch.Tensor, wei
 def register() -> None:
     """Make the references known to transformers by name."""
     for forward in (masks_and_copies, all_experts):
-        ALL_EXPERTS_FUNCTIONS.register(forward.__name__, forward)
+        ALL_EXPERTS_FUNCTIONS.register(f"pesc_{forward.__name__}", forward)

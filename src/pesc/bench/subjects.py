@@ -90,7 +90,8 @@ def build_subject(dense: Any, method: PescConfig, *, lora: bool, forms: Collecti
 def use_backend(model: nn.Module, backend: str | None) -> None:
     """Switch a crafted model's backend; nothing for other models."""
     if backend is not None:
-        model.set_experts_implementation(backend)  # type: ignore[operator]
+        name = backend if backend in ("eager", "grouped_mm") else f"pesc_{backend}"
+        model.set_experts_implementation(name)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from pesc.crafting.configuration import PescModelConfig
 from pesc.crafting.surgery import add_experts, crafted_ffns
+from pesc.method.backends import AUTO
 from pesc.method.extend import Extension, extend_class
 from pesc.method.losses import router_losses
 from pesc.method.routing import record_router_logits
@@ -58,7 +58,7 @@ class PescForCausalLM(Extension, PreTrainedModel):
         _take_over_renamings(dense, cls.prefix + dense.__name__)
         return {"forward": crafted_forward(dense.forward)}
 
-    def __init__(self, config: PescModelConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         requested = config._experts_implementation
         # The dense family's own modules know no experts, and refuse a config that names a backend for them.
         config._experts_implementation = "eager"
@@ -132,8 +132,8 @@ class PescForCausalLM(Extension, PreTrainedModel):
         super()._set_gradient_checkpointing(enable, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """The backend for a requested name; "auto" by default (see `pesc.method.experts`)."""
-        return super().get_correct_experts_implementation(requested_experts or "auto")
+        """The backend for a requested name; by default `auto_experts_forward` chooses."""
+        return super().get_correct_experts_implementation(requested_experts or AUTO)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

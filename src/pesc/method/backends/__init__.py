@@ -47,9 +47,13 @@ def auto_experts_forward(bank: Any, hidden_states: torch.Tensor, index: torch.Te
 
 
 # Names known to transformers; its own grouped_mm stays as it is for other models.
-ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
-ALL_EXPERTS_FUNCTIONS.register("wide_mm", wide_mm_experts_forward)
-ALL_EXPERTS_FUNCTIONS.register("token_mm", token_mm_experts_forward)
-ALL_EXPERTS_FUNCTIONS.register("sorted_mm", sorted_mm_experts_forward)
+AUTO = "pesc_auto"
+for _name, _forward in {
+    AUTO: auto_experts_forward,
+    "pesc_wide_mm": wide_mm_experts_forward,
+    "pesc_token_mm": token_mm_experts_forward,
+    "pesc_sorted_mm": sorted_mm_experts_forward,
+}.items():
+    ALL_EXPERTS_FUNCTIONS.register(_name, _forward)
 BACKENDS = ExpertsInterface()
 BACKENDS["grouped_mm"] = aligned_grouped_mm_experts_forward
