@@ -140,14 +140,13 @@ def add_experts(model: nn.Module, hf_config: Any) -> dict[int, tuple[str, Crafte
     Raises:
         ValueError: when the model's FFNs cannot be found by their structure.
     """
-    config = PescConfig.from_dict(hf_config.pesc)
     text_config = hf_config.get_text_config()
-    layers = config.for_layers(text_config.num_hidden_layers)
+    layers = PescConfig.from_dict(hf_config.pesc).for_layers(text_config.num_hidden_layers)
     found = {}
     for index, path, layer in _decoder_layers(model, text_config.num_hidden_layers):
         if index in layers:
             name = _ffn_name(path, layer, text_config.hidden_size)
-            ffn = craft_ffn(layer.get_submodule(name), config, layers[index], text_config.hidden_size)
+            ffn = craft_ffn(layer.get_submodule(name), layers[index], text_config.hidden_size)
             found[index] = (f"{path}.{name}", ffn)
     return found
 
