@@ -52,9 +52,9 @@ def problems(**changes: Any) -> str:
     ("field", "value", "rule"),
     [
         ("name", 3, "text"),
-        ("engine", None, "a section of settings"),
-        ("engine", [3], "a section of settings"),
-        ("trailer", 1, "a section of settings, or null"),
+        ("engine", None, "a section (power, fuel)"),
+        ("engine", [3], "a section (power, fuel)"),
+        ("trailer", 1, "a section (power, fuel), or null"),
         ("length", "4", "a number above 0 and below 20"),
         ("length", True, "a number above 0 and below 20"),
         ("length", 20, "a number above 0 and below 20"),

@@ -135,7 +135,7 @@ def _fields(cls: Any) -> list[_Field]:
 def _build(cls: Any, values: Any) -> Any:
     """An instance; unknown keys are passed over. A SettingsError names every problem by its dotted key."""
     if not isinstance(values, dict):
-        raise SettingsError(cls.__name__, [f"({values!r}) must be settings by name"])
+        raise SettingsError(cls.__name__, [f"({values!r}) must be {_describe(cls, ())}"])
     built, problems = {}, []
     for field in _fields(cls):
         if field.name not in values and not field.required:
@@ -226,7 +226,7 @@ def _describe(kind: Any, rules: tuple[Rule, ...], *, plural: bool = False) -> st
     if len(alternatives := _alternatives(kind)) > 1:
         return ", or ".join(_describe(each, rules) for each in alternatives)
     if _is_section(kind):
-        return "a section of settings"
+        return f"a section ({', '.join(field.name for field in dataclasses.fields(kind))})"
     if get_origin(kind) is Literal:
         return ("values among " if plural else "one of ") + ", ".join(get_args(kind))
     if get_origin(kind) is list:

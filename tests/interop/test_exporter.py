@@ -19,6 +19,7 @@ from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
 from pesc.interop.exporter import FORMATS, export
 from pesc.interop.published.importer import import_checkpoint
+from pesc.training.recipe import DataSettings, ModelSettings, OutputSettings
 from published import crafted
 
 GATED = {"adapter_placement": "parallel", "adapter_activation": "swiglu"}
@@ -50,8 +51,12 @@ def make_run(folder: Path, **method: str) -> Path:
     disturb(model)
     run = folder / "run"
     pesc.save_adapter(model, run / "adapter")
-    recipe = {"model": str(base), "output": str(run), "train_data": "/home/me/rows.jsonl", "epochs": 1.0}
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    recipe = pesc.Recipe(
+        model=ModelSettings(name=str(base)),
+        data=DataSettings(train=Path("/home/me/rows.jsonl")),
+        output=OutputSettings(folder=run),
+    )
+    recipe.save(run / "recipe.yaml")
     (run / "results.json").write_text(json.dumps(RESULTS))
     return run
 
@@ -91,7 +96,7 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
         "| experts in a layer, of these for each token | 4, 2 |",
         "| PESC | 2.0000 | 1.0000 |",
         "- chat: made up (CC0)",
-        "train_data: rows.jsonl",
+        "train: rows.jsonl",
         "## Intended use and limits",
         "The base's: apache-2.0.",
     ):

@@ -10,7 +10,6 @@ import yaml
 from pesc.storage.files import read_json
 
 RECIPE, RESULTS, CARD = "recipe.yaml", "results.json", "README.md"
-_PLACES = ("model", "output", "train_data")
 
 
 def licence_of(folder: Path) -> str | None:
@@ -116,17 +115,18 @@ def _use() -> str:
 def _training(recipe: dict[str, Any] | None, results: dict[str, Any] | None) -> str:
     if recipe is None:
         return "## Training\n\nNo recipe was found beside the model."
+    model, data = dict(recipe.get("model") or {}), dict(recipe.get("data") or {})
     # Folders of the machine it was trained on are nobody else's business.
-    shown = {key: Path(str(value)).name if key in _PLACES else value for key, value in recipe.items()}
-    if _is_hub_id(str(recipe.get("model", ""))):
-        shown["model"] = recipe["model"]
-    shown.pop("output", None)
-    data = f"Data: `{shown.get('train_data', 'unknown')}`, learnt on every answer of the assistant."
+    if not _is_hub_id(str(model.get("name", ""))):
+        model["name"] = Path(str(model.get("name", ""))).name
+    data["train"] = Path(str(data.get("train", "unknown"))).name
+    shown = {key: value for key, value in recipe.items() if key != "output"} | {"model": model, "data": data}
+    trained_on = f"Data: `{data['train']}`; every answer of the assistant was trained on."
     origin = (results or {}).get("data", {})
     lines = [f"- {s.get('domain')}: {s.get('source')} ({s.get('licence')})" for s in origin.get("sources", [])]
     lines += [f"- {note}" for note in origin.get("notes", [])]
     listed = "\n\n" + "\n".join(lines) if lines else ""
-    return f"## Training\n\n{data}{listed}\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
+    return f"## Training\n\n{trained_on}{listed}\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
 
 
 def _results(results: dict[str, Any] | None) -> str:
