@@ -248,7 +248,7 @@ def bench(
 ) -> None:
     """Time a crafted model beside its dense one, and beside other ways to compute the same, in one run.
 
-    Example: `pesc bench --work train prefill decode --dtype bfloat16 --method.adapter-dim 512`
+    Example: `pesc bench --workloads train prefill decode --dtype bfloat16 --pesc.adapter-dim 512`
 
     Parameters
     ----------

@@ -91,7 +91,9 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
         "summary.json",
         "train_data.sha256",
     }
-    assert "loss" in console.file.getvalue()
+    shown = console.file.getvalue()
+    assert f"train  1/30  loss {lines[0]['loss']:.3f}  " in shown
+    assert f"train  30/30  loss {lines[-1]['loss']:.3f}  " in shown
 
 
 def test_everything_that_should_train_does_and_nothing_else(tmp_path: Path, console: Console) -> None:
