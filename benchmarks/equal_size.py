@@ -16,7 +16,7 @@ from pesc.config import PescConfig
 from pesc.crafting.cost import count_parameters
 from pesc.crafting.load import load, load_tokenizer
 from pesc.crafting.lora import fold
-from pesc.data.formats import read_rows
+from pesc.data.formats import read_examples
 from pesc.demo.demo import demo_recipe
 from pesc.demo.mixture import DOMAINS
 from pesc.evaluation.held_out import Scores, paired_difference, score_rows
@@ -28,35 +28,36 @@ from pesc.training.train import train
 def controls(demo: Recipe) -> dict[str, Recipe]:
     """The demo's recipe, changed to train as many parameters without choosing among experts."""
     wide = PescConfig(num_experts=1, num_experts_per_tok=1, adapter_dim=512, router_aux_loss_coef=0.0)
-    folder = demo.output / "equal-size"
+    folder = demo.output.folder / "equal-size"
+    lora, adapter = (replace(demo.output, folder=folder / name) for name in ("lora", "adapter"))
     return {
-        "dense + LoRA r 74": replace(demo, output=folder / "lora", method=None, lora=LoraSettings(r=74, alpha=148)),
-        "LoRA r 16 and one adapter of 512": replace(demo, output=folder / "adapter", method=wide),
+        "dense + LoRA r 74": replace(demo, output=lora, pesc=None, lora=LoraSettings(r=74, alpha=148)),
+        "LoRA r 16 and one adapter of 512": replace(demo, output=adapter, pesc=wide),
     }
 
 
 def score(run: Path, demo: Recipe) -> tuple[Scores, int]:
     """(held-out scores, trained parameters) of a finished run."""
-    rows = read_rows(demo.output / "data" / "held_out.jsonl")
+    rows = read_examples(demo.output.folder / "data" / "held_out.jsonl")
     with quiet_libraries():
         model = load(run)
         trained = count_parameters(model).trained
         fold(model)
-        return score_rows(model, load_tokenizer(demo.model), rows, max_length=demo.max_length), trained
+        return score_rows(model, load_tokenizer(demo.model.name), rows, max_length=demo.data.max_length), trained
 
 
 def main() -> None:
     """Train the controls that are missing and print each one's row as soon as it is known."""
     demo = demo_recipe(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo"))
     console = Console(stderr=True)
-    pesc, trained = score(demo.output, demo)
+    pesc, trained = score(demo.output.folder, demo)
     print(f"| | trained | {' | '.join(f'{domain} | PESC less this' for domain in DOMAINS)} |")
     print("|---" * (2 + 2 * len(DOMAINS)) + "|")
     show("PESC, 8 experts of 64, top 2", pesc, trained, pesc)
-    show("dense + LoRA r 16", *score(demo.output / "dense", demo), pesc)
+    show("dense + LoRA r 16", *score(demo.output.folder / "dense", demo), pesc)
     for name, recipe in controls(demo).items():
         train(recipe, console, label=name)
-        show(name, *score(recipe.output, demo), pesc)
+        show(name, *score(recipe.output.folder, demo), pesc)
 
 
 def show(name: str, scores: Scores, trained: int, pesc: Scores) -> None:

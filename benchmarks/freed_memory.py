@@ -17,8 +17,8 @@ import time
 import torch
 
 from pesc.bench.config import BenchConfig
+from pesc.bench.model_pair import DENSE, build_model_pair, load_base
 from pesc.bench.steps import make_steps
-from pesc.bench.subjects import DENSE, build_subject, load_base
 from pesc.machine.allocator import keep_freed_memory
 
 TURNS, WARM_UPS, STEPS = 2, 2, 5
@@ -31,8 +31,8 @@ def measure_here(dtype: str, *, keep: bool) -> dict[str, list[float]]:
     if keep:
         keep_freed_memory()
     config = BenchConfig(dtype=dtype)  # type: ignore[arg-type]
-    subject = build_subject(load_base(config.model, getattr(torch, dtype)), config.method, lora=True)
-    step = make_steps(subject, "train", config.batch, config)[DENSE]
+    pair = build_model_pair(load_base(config.model, getattr(torch, dtype)), config.pesc, lora=True)
+    step = make_steps(pair, "train", config.batch, config)[DENSE]
     seconds = []
     for _ in range(WARM_UPS + STEPS):
         start = time.perf_counter()

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from speed import SHAPES, bench_config
 
+from pesc.bench.model_pair import BACKENDS, DENSE, build_model_pair, load_base
 from pesc.bench.peak import cpu_profiler
 from pesc.bench.steps import Step, make_steps
-from pesc.bench.subjects import BACKENDS, DENSE, build_subject, load_base
 from pesc.machine.allocator import keep_freed_memory
 
 WARM_UPS, STEPS = 8, 7
@@ -27,7 +27,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 @dataclass
 class Profile:
-    """A form's steps by operation, each without what it calls itself."""
+    """A variant's steps by operation, each without what it calls itself."""
 
     milliseconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     calls: dict[str, int] = field(default_factory=dict)
@@ -66,7 +66,7 @@ def _sizes(event: Any) -> str:
 def main() -> None:
     """Profile both models and print the largest differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["train", "layers", "prefill", "decode"])
+    parser.add_argument("workload", choices=["train", "layers", "prefill", "decode"])
     parser.add_argument("dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--shape", choices=list(SHAPES), default="a64")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
@@ -75,19 +75,19 @@ def main() -> None:
     keep_freed_memory()
     config = bench_config(arguments.shape, arguments.dtype, rounds=STEPS)
     base = load_base(config.model, getattr(torch, config.dtype))
-    subject = build_subject(base, config.method, lora=arguments.work == "train", forms=[arguments.backend])
-    rows = 1 if arguments.work == "decode" else config.batch
-    steps = make_steps(subject, arguments.work, rows, config)
-    profiles = {form: Profile() for form in (DENSE, arguments.backend)}
+    pair = build_model_pair(base, config.pesc, lora=arguments.workload == "train", variants=[arguments.backend])
+    rows = 1 if arguments.workload == "decode" else config.batch
+    steps = make_steps(pair, arguments.workload, rows, config)
+    profiles = {variant: Profile() for variant in (DENSE, arguments.backend)}
     for turn in range(WARM_UPS + STEPS):  # in turns, so that both find the heap alike
-        for form, profile in profiles.items():
+        for variant, profile in profiles.items():
             if turn < WARM_UPS:
-                steps[form].run()
+                steps[variant].run()
             else:
-                profile.add(steps[form], arguments.products)
-    medians = {form: profile.medians() for form, profile in profiles.items()}
-    for form, profile in profiles.items():
-        print(f"{form}: {sum(medians[form].values()):.0f} ms, {median(profile.page_faults):.0f} page faults")
+                profile.add(steps[variant], arguments.products)
+    medians = {variant: profile.medians() for variant, profile in profiles.items()}
+    for variant, profile in profiles.items():
+        print(f"{variant}: {sum(medians[variant].values()):.0f} ms, {median(profile.page_faults):.0f} page faults")
     dense, crafted = medians[DENSE], medians[arguments.backend]
     total = sum(dense.values())
     calls = profiles[arguments.backend].calls

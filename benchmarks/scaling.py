@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pesc.bench.config import BenchConfig
 from pesc.bench.measure import machine
+from pesc.bench.model_pair import DENSE, build_model_pair, costs
 from pesc.bench.peak import peak_memory
 from pesc.bench.steps import make_steps
-from pesc.bench.subjects import DENSE, build_subject, costs
 from pesc.bench.timing import interleave
 from pesc.config import PescConfig
 from pesc.machine.allocator import keep_freed_memory
@@ -74,15 +74,17 @@ def measure(point: Point) -> dict[str, Any]:
         num_key_value_heads=3,
     )
     torch.manual_seed(0)
-    method = PescConfig(num_experts=point.experts, num_experts_per_tok=point.chosen, adapter_dim=point.adapter_dim)
-    subject = build_subject(LlamaForCausalLM(config), method, lora=True)
+    pesc_config = PescConfig(num_experts=point.experts, num_experts_per_tok=point.chosen, adapter_dim=point.adapter_dim)
+    pair = build_model_pair(LlamaForCausalLM(config), pesc_config, lora=True)
     rows = max(1, point.tokens // 512)
     bench = BenchConfig(tokens=point.tokens // rows)
-    steps = {form: step for form, step in make_steps(subject, "train", rows, bench).items() if form in (DENSE, "auto")}
-    timings = interleave({form: step.run for form, step in steps.items()}, ROUNDS)
+    steps = {
+        variant: step for variant, step in make_steps(pair, "train", rows, bench).items() if variant in (DENSE, "auto")
+    }
+    timings = interleave({name: step.run for name, step in steps.items()}, ROUNDS)
     ratio, low, high = timings["auto"].ratio(timings[DENSE])
-    memory = {form: peak_memory(step.run, step.resident()) for form, step in steps.items()}
-    cost = costs(subject, "train")
+    memory = {name: peak_memory(step.run, step.resident()) for name, step in steps.items()}
+    cost = costs(pair, "train")
     kept = point.layers * point.tokens * (HIDDEN + point.chosen * point.adapter_dim) * FLOAT
     own = steps["auto"].own_memory()  # a quarter each: weights, gradients, two moments
     return {

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md on speed and memory: every form, kind of work and shape, through `pesc bench`.
+"""The tables of docs/results.md on speed and memory: every variant, kind of workload and shape, through `pesc bench`.
 
 Writes one JSON file a run to benchmarks/results/ and leaves those that are there; some 90 minutes on two cores.
 Run: python benchmarks/speed.py [--table] [--date 2026-11-24]; with --table it only prints the tables as Markdown.
@@ -16,14 +16,14 @@ from typing import Any
 
 from rich.console import Console
 
-from pesc.bench.config import BenchConfig, Work
+from pesc.bench.config import BenchConfig, Workload
 from pesc.bench.measure import Row, run_bench
-from pesc.bench.subjects import BACKENDS, DENSE, UPCYCLED
+from pesc.bench.model_pair import BACKENDS, DENSE, UPCYCLED
 from pesc.config import PescConfig
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES: tuple[Any, ...] = ("bfloat16", "float32")
-INFERENCE: list[Work] = ["prefill", "decode"]
+INFERENCE: list[Workload] = ["prefill", "decode"]
 LAYER = "7b-layer"
 # Experts, chosen experts and adapter dim, of SmolLM2 but for the one layer.
 SHAPES = {
@@ -39,29 +39,29 @@ def runs() -> Iterator[tuple[str, BenchConfig]]:
     """(name, what is measured), the most wanted first. What trains runs apart: it needs most memory."""
     for dtype in DTYPES:
         yield f"a64-{dtype}-train", bench_config("a64", dtype, rounds=4)
-        yield f"a64-{dtype}", replace(bench_config("a64", dtype, rounds=4), work=INFERENCE)
+        yield f"a64-{dtype}", replace(bench_config("a64", dtype, rounds=4), workloads=INFERENCE)
     layer = bench_config(LAYER, "bfloat16", rounds=12)  # short steps, and noisy ones
-    yield f"{LAYER}-bfloat16", replace(layer, work=["train", "layers", *INFERENCE])
+    yield f"{LAYER}-bfloat16", replace(layer, workloads=["train", "layers", *INFERENCE])
     for dtype in DTYPES:
         more = bench_config("a64", dtype, rounds=2)
-        yield f"a64-{dtype}-more", replace(more, work=["layers", "decode"], decode_batch=[8, 32])
-        yield f"a64-{dtype}-checkpointed", replace(more, work=["train_checkpointed"])
+        yield f"a64-{dtype}-more", replace(more, workloads=["layers", "decode"], decode_batch=[8, 32])
+        yield f"a64-{dtype}-checkpointed", replace(more, workloads=["train_checkpointed"])
     for shape in ("a512", "e16-a64", "e16-a512"):
         for dtype in DTYPES:
             yield from _training(shape, dtype)
-            yield f"{shape}-{dtype}", replace(bench_config(shape, dtype, rounds=2), work=INFERENCE)
+            yield f"{shape}-{dtype}", replace(bench_config(shape, dtype, rounds=2), workloads=INFERENCE)
     for dtype in DTYPES:
-        upcycling = replace(bench_config("a64", dtype, rounds=2), forms=["auto", UPCYCLED])
+        upcycling = replace(bench_config("a64", dtype, rounds=2), variants=["auto", UPCYCLED])
         yield f"upcycling-a64-{dtype}-train", upcycling
-        yield f"upcycling-a64-{dtype}", replace(upcycling, work=INFERENCE)
+        yield f"upcycling-a64-{dtype}", replace(upcycling, workloads=INFERENCE)
 
 
 def _training(shape: str, dtype: str) -> Iterator[tuple[str, BenchConfig]]:
     config = bench_config(shape, dtype, rounds=2)
     if (shape, dtype) == ("e16-a512", "float32"):
-        # All forms at once need more than 24 GB, and masks_and_copies does alone.
-        yield f"{shape}-{dtype}-train", replace(config, forms=["auto", "sorted_mm", "grouped_mm"])
-        yield f"{shape}-{dtype}-large-train", replace(config, forms=["wide_mm", "all_experts"])
+        # All variants at once need more than 24 GB, and masks_and_copies does alone.
+        yield f"{shape}-{dtype}-train", replace(config, variants=["auto", "sorted_mm", "grouped_mm"])
+        yield f"{shape}-{dtype}-large-train", replace(config, variants=["wide_mm", "all_experts"])
     else:
         yield f"{shape}-{dtype}-train", config
 
@@ -69,31 +69,32 @@ def _training(shape: str, dtype: str) -> Iterator[tuple[str, BenchConfig]]:
 def bench_config(shape: str, dtype: Any, rounds: int) -> BenchConfig:
     """A training benchmark of one of SHAPES."""
     experts, chosen, dim = SHAPES[shape]
-    method = PescConfig(num_experts=experts, num_experts_per_tok=chosen, adapter_dim=dim)
-    config = BenchConfig(method=method, dtype=dtype, rounds=rounds, work=["train"])
+    pesc_config = PescConfig(num_experts=experts, num_experts_per_tok=chosen, adapter_dim=dim)
+    config = BenchConfig(pesc=pesc_config, dtype=dtype, rounds=rounds, workloads=["train"])
     return replace(config, model="llama-2-7b-layer") if shape == LAYER else config
 
 
 def _title(name: str) -> str:
-    """What a run measured, from its name; `upcycling` runs are the only ones with that form."""
+    """What a run measured, from its name; `upcycling` runs are the only ones with that variant."""
     shape, _, dtype = name.removeprefix("upcycling-").rpartition("-")
-    subject = "One layer of Llama-2-7B" if shape == LAYER else "SmolLM2"
+    model = "One layer of Llama-2-7B" if shape == LAYER else "SmolLM2"
     experts, chosen, dim = SHAPES[shape]
     short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     more = ", with sparse upcycling" if name.startswith("upcycling") else ""
-    return f"{subject}, {short}, E {experts}, K {chosen}, A {dim}{more}"
+    return f"{model}, {short}, E {experts}, K {chosen}, A {dim}{more}"
 
 
 def tables(day: str) -> Iterator[str]:
-    """A Markdown table for each shape and dtype: a column for every kind of work, a row for every form."""
+    """A Markdown table for each shape and dtype: a column for every workload, a row for every variant."""
     merged: dict[str, dict[str, dict[str, Row]]] = {}
     for path in sorted(RESULTS.glob(f"{day}-speed-*.json")):
         name = path.stem.removeprefix(f"{day}-speed-")
         for part in ("-more", "-checkpointed", "-train", "-large"):
             name = name.removesuffix(part)
-        for work, rows in json.loads(path.read_text())["work"].items():
-            found = merged.setdefault(name, {}).setdefault(work, {})
-            found |= {form: Row(**row) for form, row in rows.items()}
+        results = json.loads(path.read_text())
+        for workload, rows in results.get("workloads", results.get("work")).items():  # in older files
+            found = merged.setdefault(name, {}).setdefault(workload, {})
+            found |= {variant: Row(**row) for variant, row in rows.items()}
     order = (
         "train",
         "train_checkpointed",
@@ -104,25 +105,25 @@ def tables(day: str) -> Iterator[str]:
         "decode, batch 32",
     )
     for name, found in merged.items():
-        works = {work: found[work] for work in order if work in found}
-        forms = [form for form in (DENSE, *BACKENDS, UPCYCLED) if form in next(iter(works.values()))]
-        yield f"\n**{_title(name)}**\n\n| form | {' | '.join(works)} | peak GB, train | less own |"
-        yield "|---" * (len(works) + 3) + "|"
-        for form in forms:
-            cells = [_cell(rows[form]) if form in rows else "" for rows in works.values()]
-            memory = _memory(works["train"], form) if "train" in works else " | "
-            yield f"| {form} | {' | '.join(cells)} | {memory} |"
-        for form, of in (("auto", ""), (UPCYCLED, f", {UPCYCLED}")):
-            if form in forms:
-                bounds = [f"{rows[form].bound:.2f}" for rows in works.values()]
+        workloads = {workload: found[workload] for workload in order if workload in found}
+        variants = [variant for variant in (DENSE, *BACKENDS, UPCYCLED) if variant in next(iter(workloads.values()))]
+        yield f"\n**{_title(name)}**\n\n| variant | {' | '.join(workloads)} | peak GB, train | less own |"
+        yield "|---" * (len(workloads) + 3) + "|"
+        for variant in variants:
+            cells = [_cell(rows[variant]) if variant in rows else "" for rows in workloads.values()]
+            memory = _memory(workloads["train"], variant) if "train" in workloads else " | "
+            yield f"| {variant} | {' | '.join(cells)} | {memory} |"
+        for variant, of in (("auto", ""), (UPCYCLED, f", {UPCYCLED}")):
+            if variant in variants:
+                bounds = [f"{rows[variant].bound:.2f}" for rows in workloads.values()]
                 yield f"| *multiplications{of}* | {' | '.join(bounds)} | | |"
-                reads = [rows[form].bytes_bound for rows in works.values()]
+                reads = [rows[variant].bytes_bound for rows in workloads.values()]
                 yield f"| *weights read{of}* | {' | '.join('' if r is None else f'{r:.2f}' for r in reads)} | | |"
 
 
-def _memory(rows: dict[str, Row], form: str) -> str:
-    lean = "" if form == UPCYCLED else f"{rows[form].less_own(rows[DENSE]):.3f}"
-    return f"{rows[form].peak_memory / 1e9:.2f} | {lean}"
+def _memory(rows: dict[str, Row], variant: str) -> str:
+    lean = "" if variant == UPCYCLED else f"{rows[variant].less_own(rows[DENSE]):.3f}"
+    return f"{rows[variant].peak_memory / 1e9:.2f} | {lean}"
 
 
 def _cell(row: Row) -> str:

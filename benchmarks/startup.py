@@ -26,14 +26,18 @@ def seconds_of(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def seconds_to_first_step(folder: Path, method: str) -> float:
+def seconds_to_first_step(folder: Path, arm: str) -> float:
     """From the start of the process to the first line of metrics.jsonl."""
-    recipe, output = folder / f"{method}.yaml", folder / method
-    recipe.write_text(
-        f"model: smollm2-135m-instruct\noutput: {output}\ntrain_data: {folder / 'rows.jsonl'}\nsteps: 1\n"
-        f"batch_size: 1\nmax_length: 64\nlora: {{r: 16, alpha: 32}}\nmethod: "
-        + ("{adapter_dim: 64}\n" if method == "pesc" else "null\n")
-    )
+    recipe, output = folder / f"{arm}.yaml", folder / arm
+    sections = {
+        "model": {"name": "smollm2-135m-instruct"},
+        "pesc": {"adapter_dim": 64} if arm == "pesc" else None,
+        "lora": {"r": 16, "alpha": 32},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 64},
+        "training": {"steps": 1, "batch_size": 1},
+        "output": {"folder": str(output)},
+    }
+    recipe.write_text(json.dumps(sections))  # JSON is YAML
     start = time.perf_counter()
     process = subprocess.Popen([*PESC, "train", str(recipe)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = output / "metrics.jsonl"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import pesc
 from checkpoints import tiny_dense, write_rows
 from pesc.cli import app, main
 
@@ -31,6 +32,16 @@ def test_help_loads_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_the_package_runs_as_the_command() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "pesc", *arguments], capture_output=True, text=True)
+
+    assert run("--version").stdout.strip() == pesc.__version__
+    failed = run("info", "/no/such/model")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("pesc: ") and "Traceback" not in failed.stderr
+
+
 def test_craft_info_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense, out = str(tiny_dense(tmp_path / "dense")), str(tmp_path / "out")
     assert main(["craft", dense, out, "--num-experts", "4", "--adapter-dim", "8"]) == 0
@@ -40,8 +51,10 @@ def test_craft_info_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (info["pesc"]["num_experts"], len(info["untouched"])) == (4, 8)
     recipe = tmp_path / "recipe.yaml"
     rows = write_rows(tmp_path / "rows.jsonl")
-    recipe.write_text(f"model: {dense}\noutput: {tmp_path / 'run'}\ntrain_data: {rows}\nmax_length: 128\n")
-    changes = ["method.num_experts=4", "method.adapter_dim=8", "lora.r=4", "steps=2"]
+    recipe.write_text(
+        f"model: {{name: {dense}}}\ndata: {{train: {rows}, max_length: 128}}\noutput: {{folder: {tmp_path / 'run'}}}\n"
+    )
+    changes = ["pesc.num_experts=4", "pesc.adapter_dim=8", "lora.r=4", "training.steps=2"]
     assert main(["train", str(recipe), *changes]) == 0
     assert "pesc chat" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "run")]) == 0
@@ -63,10 +76,10 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_import_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fixture = str(Path(__file__).parent / "fixtures" / "camelidae-8x")
     assert main(["verify", fixture]) == 0
-    assert "whole" in capsys.readouterr().out
+    assert "complete" in capsys.readouterr().out
     assert main(["import", fixture, str(tmp_path / "out")]) == 0
     assert main(["verify", str(tmp_path / "out"), "--json"]) == 0
-    assert '"whole": true' in capsys.readouterr().out
+    assert '"complete": true' in capsys.readouterr().out
     shard = tmp_path / "stripped"
     shutil.copytree(fixture, shard)
     tensors = {k: v for k, v in load_file(shard / "model.safetensors").items() if ".moe_adapter." not in k}

@@ -76,22 +76,21 @@ def craft(
 def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=False)]) -> None:
     """Tune a model by a recipe; run again, an interrupted run goes on from its last checkpoint.
 
-    Example: `pesc train recipes/demo.yaml lora.r=8 method.num_experts=4 output=runs/small`
+    Example: `pesc train recipes/demo.yaml lora.r=8 pesc.num_experts=4 output.folder=runs/small`
 
     Parameters
     ----------
     recipe
         YAML file; recipes/ holds commented ones.
     changes
-        Settings to change, written key=value, nested ones with dots; method=null trains the dense model.
+        Settings to change, written section.key=value; pesc=null trains the dense model.
     """
     from pesc.training.recipe import load_recipe
     from pesc.training.train import train as run
 
-    loaded = load_recipe(recipe, changes)
-    console = _console()
-    run(loaded, console)
-    console.print(f"Next:   pesc chat {loaded.output}\n        pesc info {loaded.output}", highlight=False)
+    loaded, console = load_recipe(recipe, changes), _console()
+    folder = run(loaded, console).parent
+    console.print(f"Next:   pesc chat {folder}\n        pesc info {folder}", highlight=False)
 
 
 @app.command
@@ -249,7 +248,7 @@ def bench(
 ) -> None:
     """Time a crafted model beside its dense one, and beside other ways to compute the same, in one run.
 
-    Example: `pesc bench --work train prefill decode --dtype bfloat16 --method.adapter-dim 512`
+    Example: `pesc bench --workloads train prefill decode --dtype bfloat16 --pesc.adapter-dim 512`
 
     Parameters
     ----------
@@ -294,7 +293,3 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

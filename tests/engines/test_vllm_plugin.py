@@ -236,16 +236,14 @@ def test_grouped_experts_equal_the_loop(gated: bool, tokens: int, experts: int, 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_parts_of_all_ranks_sum_to_the_whole(gated: bool, ranks: int) -> None:
-    from pesc.config import LayerConfig
     from pesc.vllm_plugin.experts import Experts, grouped_experts
 
     bank = _bank(gated, 4)
-    layer = LayerConfig(num_experts=4, num_experts_per_tok=2, adapter_dim=12)
     hidden = torch.randn(9, 16)
     weights, index = torch.randn(9, 4).softmax(-1).topk(2)
     total = torch.zeros(9, 16)
     for rank in range(ranks):
-        part = Experts(16, layer, "swiglu" if gated else "gelu", rank, ranks)
+        part = Experts(16, _layer(gated), rank, ranks)
         for name, value in bank.named_parameters():
             part.load(name, value)
         first = getattr(part, part.first_name)
@@ -255,12 +253,17 @@ def test_the_parts_of_all_ranks_sum_to_the_whole(gated: bool, ranks: int) -> Non
 
 
 def test_adapters_that_cannot_be_split_over_the_ranks_are_refused() -> None:
-    from pesc.config import LayerConfig
     from pesc.vllm_plugin.experts import Experts
 
-    layer = LayerConfig(num_experts=4, num_experts_per_tok=2, adapter_dim=12)
     with pytest.raises(ValueError, match=r"adapter_dim \(12\) must be a multiple of the tensor parallel size \(8\)"):
-        Experts(16, layer, "gelu", 0, 8)
+        Experts(16, _layer(gated=False), 0, 8)
+
+
+def _layer(gated: bool) -> Any:
+    from pesc import PescConfig
+
+    activation = "swiglu" if gated else "gelu"
+    return PescConfig(num_experts=4, adapter_dim=12, adapter_activation=activation).for_layers(1)[0]
 
 
 def _bank(gated: bool, experts: int) -> Any:

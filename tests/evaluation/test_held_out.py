@@ -13,7 +13,7 @@ from families import disturb
 from pesc import PescConfig, craft
 from pesc.crafting.load import load, load_tokenizer
 from pesc.data.chat import encode_messages
-from pesc.data.formats import read_rows
+from pesc.data.formats import read_examples
 from pesc.evaluation.held_out import RowScore, Scores, paired_difference, score_rows
 from pesc.evaluation.samples import generate_answers
 
@@ -22,7 +22,7 @@ from pesc.evaluation.samples import generate_answers
 def setting(tmp_path: Path):
     folder = tiny_dense(tmp_path / "dense")
     model = disturb(craft(load(folder), PescConfig(num_experts=4, adapter_dim=8)))
-    return model, load_tokenizer(folder), read_rows(write_rows(tmp_path / "rows.jsonl"))
+    return model, load_tokenizer(folder), read_examples(write_rows(tmp_path / "rows.jsonl"))
 
 
 def test_row_scores_are_the_models_own_loss(setting) -> None:

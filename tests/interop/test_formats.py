@@ -18,6 +18,7 @@ from families import disturb, tokens
 from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
 from pesc.interop.formats import FORMATS, export, import_checkpoint
+from pesc.training.recipe import DataSettings, ModelSettings, OutputSettings
 from published import crafted
 
 GATED = {"adapter_placement": "parallel", "adapter_activation": "swiglu"}
@@ -49,13 +50,12 @@ def make_run(folder: Path, **method: str) -> Path:
     disturb(model)
     run = folder / "run"
     pesc.save_adapter(model, run / "adapter")
-    recipe = {
-        "model": {"name": str(base)},
-        "data": {"train": "/home/me/examples.jsonl"},
-        "training": {"epochs": 1.0},
-        "output": {"folder": str(run)},
-    }
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    recipe = pesc.Recipe(
+        model=ModelSettings(name=str(base)),
+        data=DataSettings(train=Path("/home/me/rows.jsonl")),
+        output=OutputSettings(folder=run),
+    )
+    recipe.save(run / "recipe.yaml")
     (run / "results.json").write_text(json.dumps(RESULTS))
     return run
 
@@ -95,7 +95,7 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
         "| experts in a layer, of these for each token | 4, 2 |",
         "| PESC | 2.0000 | 1.0000 |",
         "- chat: made up (CC0)",
-        "train: examples.jsonl",
+        "train: rows.jsonl",
         "## Intended use and limits",
         "The base's: apache-2.0.",
     ):

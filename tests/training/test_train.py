@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,17 @@ from checkpoints import tiny_dense, write_rows
 from pesc import PescConfig, craft_checkpoint, load, train
 from pesc.crafting.info import describe
 from pesc.crafting.lora import adapter_tensors
-from pesc.training.recipe import LoraSettings, Recipe
+from pesc.training.recipe import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    OutputSettings,
+    Recipe,
+    TrainingSettings,
+)
 from pesc.training.trainer import PescTrainer
 
-METHOD = PescConfig(num_experts=4, adapter_dim=8)
+PESC = PescConfig(num_experts=4, adapter_dim=8)
 
 
 @pytest.fixture
@@ -28,23 +37,38 @@ def console() -> Console:
 
 
 def make_recipe(tmp_path: Path, **changes) -> Recipe:
+    """A small run; changes are settings of any section by their own name."""
     if not (tmp_path / "dense").exists():
         tiny_dense(tmp_path / "dense")
         write_rows(tmp_path / "rows.jsonl")
-    settings = {
-        "model": str(tmp_path / "dense"),
-        "output": tmp_path / "run",
-        "train_data": tmp_path / "rows.jsonl",
-        "method": METHOD,
+    values = {
+        "name": str(tmp_path / "dense"),
+        "pesc": PESC,
         "lora": LoraSettings(r=4, alpha=8),
+        "train": tmp_path / "rows.jsonl",
+        "max_length": 128,
         "steps": 6,
         "batch_size": 2,
-        "max_length": 128,
         "learning_rate": 1e-2,
         "warmup_ratio": 0.0,
+        "folder": tmp_path / "run",
         "save_steps": 2,
-    }
-    return Recipe(**(settings | changes))
+    } | changes
+
+    def section(settings: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(settings) if field.name in values]
+        return settings(**{name: values.pop(name) for name in names})
+
+    recipe = Recipe(
+        model=section(ModelSettings),
+        pesc=values.pop("pesc"),
+        lora=values.pop("lora"),
+        data=section(DataSettings),
+        training=section(TrainingSettings),
+        output=section(OutputSettings),
+    )
+    assert not values
+    return recipe
 
 
 def metrics(run: Path) -> list[dict]:
@@ -67,15 +91,17 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
         "summary.json",
         "train_data.sha256",
     }
-    assert "loss" in console.file.getvalue()
+    shown = console.file.getvalue()
+    assert f"train  1/30  loss {lines[0]['loss']:.3f}  " in shown
+    assert f"train  30/30  loss {lines[-1]['loss']:.3f}  " in shown
 
 
 def test_everything_that_should_train_does_and_nothing_else(tmp_path: Path, console: Console) -> None:
-    recipe = make_recipe(tmp_path, method=PescConfig(num_experts=2, adapter_dim=8), steps=4)
+    recipe = make_recipe(tmp_path, pesc=PescConfig(num_experts=2, adapter_dim=8), steps=4)
     start = training.build_model(recipe)
     before = {name: p.detach().clone() for name, p in start.named_parameters()}
     train(recipe, console)
-    after = dict(load(recipe.output).named_parameters())
+    after = dict(load(recipe.output.folder).named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(adapter_tensors(start))
 
@@ -83,12 +109,12 @@ def test_everything_that_should_train_does_and_nothing_else(tmp_path: Path, cons
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": None},
+        {"pesc": None},
         {"lora": None},
         {"dtype": "bfloat16"},
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2},
-        {"method": PescConfig(num_experts=4, adapter_dim=8, adapter_placement="parallel", adapter_activation="swiglu")},
+        {"pesc": PescConfig(num_experts=4, adapter_dim=8, adapter_placement="parallel", adapter_activation="swiglu")},
         {"steps": None, "epochs": 0.5},
     ],
     ids=lambda changes: "-".join(changes),
@@ -98,8 +124,8 @@ def test_every_way_to_train_runs(tmp_path: Path, console: Console, changes: dict
     train(recipe, console)
     lines = metrics(tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
-    assert ("balance" in lines[0]) == (recipe.method is not None)
-    assert load(recipe.output)(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    assert ("balance" in lines[0]) == (recipe.pesc is not None)
+    assert load(recipe.output.folder)(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -116,7 +142,7 @@ def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 def test_an_interrupted_run_resumes_to_the_same_end(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(make_recipe(tmp_path, output=tmp_path / "whole"), console)
+    whole = train(make_recipe(tmp_path, folder=tmp_path / "whole"), console)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         _interrupt_after(patch, 5)
         train(make_recipe(tmp_path), console)
@@ -130,10 +156,50 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     assert [line["loss"] for line in first] == pytest.approx([line["loss"] for line in second], rel=1e-5)
 
 
+@pytest.mark.parametrize(("accumulate", "steps_before"), [(1, 15), (1, 17), (2, 7)])
+def test_a_run_interrupted_in_its_second_epoch_sees_exactly_the_data_that_was_left(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, accumulate: int, steps_before: int
+) -> None:
+    """23 examples in batches of 2 are 12 forward passes an epoch, the last one of a single example."""
+    seen: list[list] = []
+    plain = PescTrainer.training_step
+
+    def step(self: Any, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        seen.append(inputs["input_ids"].tolist())
+        return plain(self, model, inputs, *args)
+
+    def run(name: str) -> Path:
+        data = write_rows(tmp_path / "more.jsonl", 23)
+        changes = {"epochs": 2.0, "steps": None, "save_steps": 1, "gradient_accumulation_steps": accumulate}
+        return train(make_recipe(tmp_path, train=data, folder=tmp_path / name, **changes), console)
+
+    monkeypatch.setattr(PescTrainer, "training_step", step)
+    stop_at = None
+    complete, of_complete = load_file(run("complete") / "adapter.safetensors"), list(seen)
+    assert sorted(map(str, of_complete[:12])) != sorted(map(str, of_complete[12:]))
+    seen.clear()
+    stop_at = steps_before * accumulate
+    with pytest.raises(KeyboardInterrupt):
+        run("resumed")
+    stop_at = None
+    resumed = load_file(run("resumed") / "adapter.safetensors")
+    assert seen == of_complete
+    assert all(torch.equal(complete[name], resumed[name]) for name in complete)
+
+
+def test_lora_starts_from_the_same_matrices_with_and_without_experts(tmp_path: Path) -> None:
+    arms = [training.build_model(make_recipe(tmp_path, pesc=pesc)) for pesc in (None, PESC)]
+    dense, crafted = ({n: p for n, p in arm.named_parameters() if "lora_A" in n} for arm in arms)
+    assert len(dense) == 14
+    assert all(torch.equal(dense[name], crafted[name]) for name in dense)
+
+
 def test_an_interruption_after_the_last_step_adds_no_step(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(make_recipe(tmp_path, output=tmp_path / "whole"), console)
+    whole = train(make_recipe(tmp_path, folder=tmp_path / "whole"), console)
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
@@ -164,20 +230,20 @@ def test_an_interruption_while_a_checkpoint_is_written_resumes(
 
 def test_a_crafted_base_with_another_method_is_refused(tmp_path: Path, console: Console) -> None:
     recipe = make_recipe(tmp_path)
-    craft_checkpoint(tmp_path / "dense", tmp_path / "crafted", METHOD)
-    train(make_recipe(tmp_path, model=str(tmp_path / "crafted"), steps=2), console)
+    craft_checkpoint(tmp_path / "dense", tmp_path / "crafted", PESC)
+    train(make_recipe(tmp_path, name=str(tmp_path / "crafted"), steps=2), console)
     other = PescConfig(num_experts=2, adapter_dim=8)
     with pytest.raises(ValueError, match="crafted already, with other settings"):
-        train(make_recipe(tmp_path, model=str(tmp_path / "crafted"), method=other, output=tmp_path / "new"), console)
+        train(make_recipe(tmp_path, name=str(tmp_path / "crafted"), pesc=other, folder=tmp_path / "new"), console)
     assert not (tmp_path / "new").exists()
-    assert recipe.method == METHOD
+    assert recipe.pesc == PESC
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, console: Console) -> None:
     recipe = make_recipe(tmp_path)
     train(recipe, console)
-    (recipe.output / "checkpoints" / "checkpoint-99").mkdir()
-    assert training.last_checkpoint(recipe.output) == str(recipe.output / "checkpoints" / "checkpoint-6")
+    (recipe.output.folder / "checkpoints" / "checkpoint-99").mkdir()
+    assert training.last_checkpoint(recipe.output.folder) == str(recipe.output.folder / "checkpoints" / "checkpoint-6")
 
 
 def test_a_complete_run_is_left_alone_and_another_recipe_refused(tmp_path: Path, console: Console) -> None:
@@ -185,19 +251,45 @@ def test_a_complete_run_is_left_alone_and_another_recipe_refused(tmp_path: Path,
     stamp = (adapter / "adapter.safetensors").stat().st_mtime_ns
     assert train(make_recipe(tmp_path), console) == adapter
     assert (adapter / "adapter.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match=r"another recipe \(steps: 6 there, 7 asked for\)"):
+    with pytest.raises(ValueError, match=r"another recipe \(training.steps: 6 there, 7 asked for\)"):
         train(make_recipe(tmp_path, steps=7), console)
+
+
+def test_a_run_goes_on_after_what_changes_no_result_and_after_a_new_setting(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _interrupt_after(patch, 3)
+        train(make_recipe(tmp_path), console)
+    saved = tmp_path / "run" / "recipe.yaml"
+    # As a version would have written it that did not know these settings.
+    older = [
+        line for line in saved.read_text().splitlines() if "lr_scheduler_type" not in line and "layers" not in line
+    ]
+    saved.write_text("\n".join(older))
+    monkeypatch.chdir(tmp_path)
+    train(make_recipe(tmp_path, name="dense", train=Path("rows.jsonl"), folder=Path("run"), save_steps=3), console)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("text", ["", "{", "- a", "model: m\nsteps: 3\n"])
+def test_a_run_with_a_damaged_recipe_is_refused_with_a_way_out(tmp_path: Path, console: Console, text: str) -> None:
+    recipe = make_recipe(tmp_path)
+    recipe.output.folder.mkdir()
+    (recipe.output.folder / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"run is damaged, .* remove that folder, or choose another output.folder"):
+        train(recipe, console)
 
 
 def test_data_that_has_changed_since_are_refused(tmp_path: Path, console: Console) -> None:
     recipe = make_recipe(tmp_path)
     train(recipe, console)
-    recipe.train_data.rename(tmp_path / "elsewhere.jsonl")
+    recipe.data.train.rename(tmp_path / "elsewhere.jsonl")
     train(recipe, console)  # complete: needs no data
-    write_rows(recipe.train_data)
+    write_rows(recipe.data.train)
     train(recipe, console)
-    with recipe.train_data.open("a") as data:
-        data.write(recipe.train_data.read_text().splitlines()[0] + "\n")
+    with recipe.data.train.open("a") as data:
+        data.write(recipe.data.train.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match=r"rows.jsonl has changed since the run in .*run began"):
         train(recipe, console)
 
@@ -206,7 +298,7 @@ def test_dense_and_crafted_runs_see_the_same_data_in_the_same_order(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list] = {}
-    for name, method in (("dense", None), ("pesc", METHOD)):
+    for name, pesc in (("dense", None), ("pesc", PESC)):
         batches: list = []
         plain = PescTrainer.training_step
 
@@ -216,20 +308,25 @@ def test_dense_and_crafted_runs_see_the_same_data_in_the_same_order(
 
         with monkeypatch.context() as patch:
             patch.setattr(PescTrainer, "training_step", step)
-            train(make_recipe(tmp_path, output=tmp_path / name, method=method), console)
+            train(make_recipe(tmp_path, folder=tmp_path / name, pesc=pesc), console)
         seen[name] = batches
     assert seen["dense"] == seen["pesc"]
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, console: Console) -> None:
-    """The language model's part exactly; the balance loss is a mean over micro-batches, so its weight is 0 here."""
-    method = PescConfig(num_experts=4, adapter_dim=8, router_aux_loss_coef=0.0)
+    """The language model's part exactly; the balance loss is a mean over micro-batches, so its weight is 0 here.
+
+    Four examples, so that a step holds all of them, whatever their order.
+    """
+    four = write_rows(tmp_path / "four.jsonl", 4)
+    pesc = PescConfig(num_experts=4, adapter_dim=8, router_aux_loss_coef=0.0)
     runs = []
     for name, batch, accumulate in (("one", 4, 1), ("two", 2, 2)):
         recipe = make_recipe(
             tmp_path,
-            output=tmp_path / name,
-            method=method,
+            folder=tmp_path / name,
+            train=four,
+            pesc=pesc,
             batch_size=batch,
             gradient_accumulation_steps=accumulate,
             steps=2,
@@ -240,11 +337,11 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, console
 
 def test_a_failed_start_does_not_claim_the_folder(tmp_path: Path, console: Console) -> None:
     with pytest.raises(FileNotFoundError):
-        train(make_recipe(tmp_path, train_data=tmp_path / "none.jsonl"), console)
+        train(make_recipe(tmp_path, train=tmp_path / "none.jsonl"), console)
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_that_do_not_fit_are_told(tmp_path: Path, console: Console) -> None:
-    with pytest.raises(ValueError, match="no row with anything to learn within 16 tokens"):
+def test_examples_that_do_not_fit_are_told(tmp_path: Path, console: Console) -> None:
+    with pytest.raises(ValueError, match="no example with anything to train on within 16 tokens"):
         train(make_recipe(tmp_path, max_length=16), console)
-    assert "12 of 12 rows were cut to 16 tokens; 12 dropped" in console.file.getvalue()
+    assert "12 of 12 examples were truncated to 16 tokens; 12 dropped" in console.file.getvalue()

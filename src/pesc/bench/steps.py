@@ -1,4 +1,4 @@
-"""One timed step of each kind of work, for each form of a model."""
+"""One timed step of each workload, for each variant of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pesc.bench.config import BenchConfig, Work
-from pesc.bench.subjects import Subject, use_backend
+from pesc.bench.config import BenchConfig, Workload
+from pesc.bench.model_pair import ModelPair, use_backend
 from pesc.crafting.lora import train_experts
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
@@ -46,37 +46,37 @@ class Step:
             yield from (t for t in self.optimizer.state.get(parameter, {}).values() if t.numel() > 1)  # type: ignore[union-attr]
 
 
-def make_steps(subject: Subject, work: Work, rows: int, config: BenchConfig) -> dict[str, Step]:
-    """A step of every form.
+def make_steps(pair: ModelPair, workload: Workload, batch: int, config: BenchConfig) -> dict[str, Step]:
+    """A step of every variant.
 
     Args:
-        subject: the model in all its forms.
-        work: which kind of step.
-        rows: rows of the batch.
-        config: tokens of a row.
+        pair: the model in all its variants.
+        workload: what a step does.
+        batch: sequences of a batch.
+        config: for the tokens of a sequence.
     """
-    dense, forms = subject.dense, subject.forms()
-    # A new batch each round, and so new routing; all forms see the same ones.
+    dense, variants = pair.dense, pair.variants()
+    # A new batch each round, and so new routing; all variants see the same ones.
     torch.manual_seed(0)
-    if work == "layers":
-        size = (_BATCHES, rows * config.tokens, dense.config.hidden_size)
+    if workload == "layers":
+        size = (_BATCHES, batch * config.tokens, dense.config.hidden_size)
         batches = torch.randn(size, device=dense.device, dtype=dense.dtype)
     else:
-        batches = torch.randint(3, dense.config.vocab_size, (_BATCHES, rows, config.tokens), device=dense.device)
-    optimizers = {model: _optimizer(model) for model, _ in forms.values()} if work.startswith("train") else {}
+        batches = torch.randint(3, dense.config.vocab_size, (_BATCHES, batch, config.tokens), device=dense.device)
+    optimizers = {model: _optimizer(model) for model, _ in variants.values()} if workload.startswith("train") else {}
     steps = {}
-    for form, (model, backend) in forms.items():
-        if work.startswith("train"):
-            checkpointed = work == "train_checkpointed"
+    for variant, (model, backend) in variants.items():
+        if workload.startswith("train"):
+            checkpointed = workload == "train_checkpointed"
             run = _train(model, backend, cycle(batches), optimizers[model], checkpointed)
-            steps[form] = Step(run, model, optimizers[model])
-        elif work == "layers":
-            ffns = [model.get_submodule(name) for name, _ in crafted_ffns(subject.crafted)]
-            steps[form] = Step(_layers(model, backend, cycle(batches), ffns), model)
-        elif work == "prefill":
-            steps[form] = Step(_prefill(model, backend, cycle(batches)), model)
+            steps[variant] = Step(run, model, optimizers[model])
+        elif workload == "layers":
+            ffns = [model.get_submodule(name) for name, _ in crafted_ffns(pair.crafted)]
+            steps[variant] = Step(_layers(model, backend, cycle(batches), ffns), model)
+        elif workload == "prefill":
+            steps[variant] = Step(_prefill(model, backend, cycle(batches)), model)
         else:
-            steps[form] = Step(_decode(model, backend, cycle(batches[:, :, :_PROMPT]), config.decode_tokens), model)
+            steps[variant] = Step(_decode(model, backend, cycle(batches[:, :, :_PROMPT]), config.decode_tokens), model)
     return steps
 
 

@@ -54,7 +54,7 @@ def interleave(
             if turn >= WARM_UPS:
                 seconds[name].append(time.perf_counter() - start)
             release_where_scarce()
-        on_round(turn)
+        on_round(turn + 1)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

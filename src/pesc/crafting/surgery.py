@@ -7,9 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pesc.config import PescConfig
-from pesc.crafting.families import (
-    find_ffns,
-)
+from pesc.crafting.families import find_ffns
 from pesc.method.moe import CraftedFFN, craft_ffn
 
 
@@ -29,7 +27,7 @@ def add_experts(model: PreTrainedModel, config: PescConfig) -> None:
         if index in layers:
             # The layer's own device; quantized weights have an integer dtype, unfit for adapters.
             device = next(ffn.parameters()).device
-            crafted = craft_ffn(ffn, model.config, config, layers[index], model.config.hidden_size)
+            crafted = craft_ffn(ffn, layers[index], model.config)
             crafted.router.to(device=device, dtype=model.dtype)
             crafted.experts.to(device=device, dtype=model.dtype)
 

@@ -1,4 +1,4 @@
-"""Instruction data: rows of messages, and the tokens that are learnt from them."""
+"""Conversations as tokens, and the label of each token that is trained on."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that is not trained on."""
 
 
 @dataclass
 class Encoded:
-    """Tokenized rows, and what became of those that did not fit."""
+    """Tokenized examples, and what became of those that did not fit."""
 
-    rows: list[dict[str, list[int]]]
-    """`input_ids` and `labels` of each row; what is learnt is labelled, all else is `IGNORED`."""
+    examples: list[dict[str, list[int]]]
+    """`input_ids` and `labels` of each, of equal length; a token that is not trained on has the label `IGNORED`."""
     split: int
-    """Conversations that became a row for each assistant turn, as the chat template rewrites earlier turns."""
-    cut: int
-    """Rows cut to the maximal length."""
+    """Conversations that became an example for each assistant turn, as the chat template rewrites earlier turns."""
+    truncated: int
+    """Examples longer than the maximal length."""
     dropped: int
-    """Rows without a token to learn from within the maximal length."""
+    """Examples without a token to train on within the maximal length."""
 
 
-def encode_rows(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode_examples(
+    conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Encoded:
     """Tokenize conversations with the tokenizer's chat template.
 
     Args:
-        rows: as `read_rows` gives them.
+        conversations: as `read_examples` gives them.
         tokenizer: a fast tokenizer with a chat template.
-        max_length: tokens of a row; what lies behind is cut off.
+        max_length: tokens of an example; longer ones are truncated.
 
     Raises:
         ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
     """
     encoded = Encoded([], 0, 0, 0)
-    for row in rows:
-        pairs = encode_messages(row["messages"], tokenizer)
+    for conversation in conversations:
+        pairs = encode_messages(conversation["messages"], tokenizer)
         encoded.split += len(pairs) > 1
         for input_ids, labels in pairs:
-            encoded.cut += len(input_ids) > max_length
+            encoded.truncated += len(input_ids) > max_length
             if all(label == IGNORED for label in labels[1:max_length]):
                 encoded.dropped += 1
             else:
-                encoded.rows.append({"input_ids": input_ids[:max_length], "labels": labels[:max_length]})
+                encoded.examples.append({"input_ids": input_ids[:max_length], "labels": labels[:max_length]})
     return encoded
 
 
@@ -55,18 +57,18 @@ def encode_messages(
 ) -> list[tuple[list[int], list[int]]]:
     """Tokens of one conversation and their labels.
 
-    The conversation is rendered up to and with each assistant turn; what that turn adds is what is learnt, its
-    end-of-turn token included. A template that only appends gives one row with all turns. Others, as Qwen3's, render
-    a turn otherwise once later ones follow; they give a row for each assistant turn, with the turns before it as the
-    model sees them when it answers.
+    The conversation is rendered up to and with each assistant turn; the tokens that the turn adds are trained on, its
+    end-of-turn token included. A template that only appends gives one example with all turns. Others, as Qwen3's,
+    render a turn differently once later ones follow; they give an example for each assistant turn, with the turns
+    before it as the model sees them when it answers.
 
     Returns:
-        (input_ids, labels) of each row, of equal length.
+        (input_ids, labels) of each example, of equal length.
 
     Raises:
         ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
     """
-    whole = render(messages, tokenizer)
+    complete = render(messages, tokenizer)
     answers = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -74,12 +76,12 @@ def encode_messages(
             text = render(messages[: index + 1], tokenizer)
             if not text.startswith(prompt):
                 raise ValueError(
-                    "the tokenizer's chat template renders a prompt otherwise once its answer follows, so what is to "
-                    "be learnt cannot be told apart: use a template that starts an answer with its generation prompt"
+                    "the chat template renders the prompt differently once an answer follows it, so the answer cannot "
+                    "be located: use a template that starts an answer with its generation prompt"
                 )
             answers.append((text, (len(prompt), len(text.rstrip()))))
-    if all(whole.startswith(text.rstrip()) for text, _ in answers):
-        return [_label(whole, [span for _, span in answers], tokenizer)]
+    if all(complete.startswith(text.rstrip()) for text, _ in answers):
+        return [_label(complete, [span for _, span in answers], tokenizer)]
     return [_label(text, [span], tokenizer) for text, span in answers]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_examples(path: Path) -> list[dict[str, Any]]:
     """Read a JSONL file of conversations.
 
     Each line is an object with `messages`, a list of objects with `role` (system, user, assistant, tool) and
@@ -21,33 +21,33 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such data file")
-    rows, faults = [], []
+    examples, faults = [], []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text ({error})") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            row, fault = _parse(line)
-            rows.append(row)
+            example, fault = _parse(line)
+            examples.append(example)
             if fault:
                 faults.append(f"  line {number}: {fault}")
-    if not rows:
+    if not examples:
         raise ValueError(f"{path} is empty: it must hold a JSON object with messages on each line")
     if faults:
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(
-            f"{path}: {len(faults)} of {len(rows)} rows are no conversations:\n" + "\n".join(faults[:5]) + more
+            f"{path}: {len(faults)} of {len(examples)} lines are not conversations:\n" + "\n".join(faults[:5]) + more
         )
-    return rows
+    return examples
 
 
 def _parse(line: str) -> tuple[dict[str, Any], str | None]:
     try:
-        row = json.loads(line)
+        example = json.loads(line)
     except json.JSONDecodeError as error:
-        return {}, f"no JSON ({error})"
-    messages = row.get("messages") if isinstance(row, dict) else None
+        return {}, f"not JSON ({error})"
+    messages = example.get("messages") if isinstance(example, dict) else None
     if not isinstance(messages, list) or not messages:
         return {}, 'no list of "messages"'
     for message in messages:
@@ -56,7 +56,7 @@ def _parse(line: str) -> tuple[dict[str, Any], str | None]:
         if not isinstance(message.get("content"), str):
             return {}, "a message's content must be text"
     if messages[0]["role"] == "assistant":
-        return row, "starts with the assistant, who has nothing to answer"
+        return example, "starts with the assistant, who has nothing to answer"
     if not any(message["role"] == "assistant" for message in messages):
-        return {}, "no message of the assistant, so nothing to learn"
-    return row, None
+        return {}, "no message of the assistant, so nothing to train on"
+    return example, None

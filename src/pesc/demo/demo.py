@@ -23,14 +23,21 @@ from pesc.crafting.embedded import EMBEDDED
 from pesc.crafting.load import load, locate
 from pesc.crafting.lora import fold
 from pesc.crafting.sources import resolve
-from pesc.data.formats import read_rows
+from pesc.data.formats import read_examples
 from pesc.demo.mixture import DOMAINS, MixtureInfo, build_mixture
 from pesc.evaluation.held_out import Scores, paired_difference, score_rows
 from pesc.evaluation.samples import generate_answers
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
 from pesc.report.page import write_report
-from pesc.training.recipe import LoraSettings, Recipe
+from pesc.training.recipe import (
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    OutputSettings,
+    Recipe,
+    TrainingSettings,
+)
 from pesc.training.train import SUMMARY, train
 
 ROWS_PER_DOMAIN = 100
@@ -44,19 +51,19 @@ _TITLES = {BASE: "base model", DENSE: "dense model with LoRA alone", PESC: "craf
 def demo_recipe(output: Path) -> Recipe:
     """The demo's training run; recipes/demo.yaml says the same, with comments."""
     return Recipe(
-        model=EMBEDDED,
-        output=output,
-        train_data=output / "data" / "train.jsonl",
-        method=PescConfig(num_experts=8, num_experts_per_tok=2, adapter_dim=64),
+        model=ModelSettings(name=EMBEDDED),
+        pesc=PescConfig(num_experts=8, num_experts_per_tok=2, adapter_dim=64),
         lora=LoraSettings(r=16, alpha=32),
-        epochs=1.0,
-        batch_size=4,
-        max_length=512,
-        learning_rate=1e-3,
-        max_grad_norm=1.0,
-        save_steps=25,
-        seed=0,
+        data=DataSettings(train=output / "data" / "train.jsonl", max_length=512),
+        training=TrainingSettings(batch_size=4, learning_rate=1e-3, max_grad_norm=1.0, seed=0),
+        output=OutputSettings(folder=output, save_steps=25),
     )
+
+
+def dense_recipe(recipe: Recipe) -> Recipe:
+    """The same run for the dense model with LoRA alone."""
+    folder = recipe.output.folder / "dense"
+    return dataclasses.replace(recipe, pesc=None, output=dataclasses.replace(recipe.output, folder=folder))
 
 
 @dataclass
@@ -100,7 +107,7 @@ def run_demo(output: Path, console: Console) -> Path:
     with stages.stage("pesc", "3/6  Craft: 8 experts, top 2; tune experts and LoRA"):
         train(recipe, console, label="  PESC ")
     with stages.stage("dense", "4/6  The same data, order, steps and seed for the dense model with LoRA alone"):
-        train(dataclasses.replace(recipe, output=output / "dense", method=None), console, label="  dense")
+        train(dense_recipe(recipe), console, label="  dense")
     with stages.stage("compare", "5/6  Held-out loss and answers"):
         results = _compare(output, recipe, mixture, console)
     with stages.stage("report", "6/6  Report"):
@@ -112,7 +119,7 @@ def run_demo(output: Path, console: Console) -> Path:
 
 
 def _compare(output: Path, recipe: Recipe, mixture: MixtureInfo, console: Console) -> dict[str, Any]:
-    rows = read_rows(mixture.held_out)
+    rows = read_examples(mixture.held_out)
     questions = [row for domain in DOMAINS for row in _first(rows, domain, QUESTIONS_PER_DOMAIN)]
     tokenizer = locate(EMBEDDED).tokenizer()
     scores: dict[str, Scores] = {}
@@ -123,7 +130,7 @@ def _compare(output: Path, recipe: Recipe, mixture: MixtureInfo, console: Consol
             model = load(path)
         counts = dataclasses.asdict(count_parameters(model))
         fold(model)
-        scores[name] = score_rows(model, tokenizer, rows, max_length=recipe.max_length)
+        scores[name] = score_rows(model, tokenizer, rows, max_length=recipe.data.max_length)
         prompts = [row["messages"][0]["content"] for row in questions]
         answers[name] = generate_answers(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS)
         models.append({"name": name, "loss": scores[name].loss(), "parameters": counts})
@@ -161,23 +168,23 @@ def _first(rows: list[dict[str, Any]], domain: str, count: int) -> list[dict[str
 
 
 def _setup(recipe: Recipe, output: Path) -> dict[str, Any]:
-    assert recipe.method is not None
+    assert recipe.pesc is not None
     assert recipe.lora is not None
     summaries = {name: _read_json(run / SUMMARY) for name, run in (("pesc", output), ("dense", output / "dense"))}
     return {
-        "model": recipe.model,
-        "num_experts": recipe.method.num_experts,
-        "num_experts_per_tok": recipe.method.num_experts_per_tok,
-        "adapter_dim": recipe.method.adapter_dim,
+        "model": recipe.model.name,
+        "num_experts": recipe.pesc.num_experts,
+        "num_experts_per_tok": recipe.pesc.num_experts_per_tok,
+        "adapter_dim": recipe.pesc.adapter_dim,
         "lora_r": recipe.lora.r,
-        "learning_rate": recipe.learning_rate,
-        "batch_size": recipe.batch_size,
-        "dtype": recipe.dtype,
+        "learning_rate": recipe.training.learning_rate,
+        "batch_size": recipe.training.batch_size,
+        "dtype": recipe.model.dtype,
         "steps": summaries["pesc"]["steps"],
         "tokens": summaries["pesc"]["tokens"],
         "seconds": {name: summary["seconds"] for name, summary in summaries.items()},
         "peak_memory_gb": {name: summary["peak_memory_gb"] for name, summary in summaries.items()},
-        "seed": recipe.seed,
+        "seed": recipe.training.seed,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
     }
@@ -199,13 +206,13 @@ def _data(mixture: MixtureInfo) -> dict[str, Any]:
 
 
 def _routing(scores: Scores, recipe: Recipe) -> dict[str, Any]:
-    assert recipe.method is not None
+    assert recipe.pesc is not None
     shares = {
         domain: [(layer.double() / layer.sum()).tolist() for layer in scores.counts[domain]] for domain in DOMAINS
     }
     return {
-        "num_experts": recipe.method.num_experts,
-        "num_experts_per_tok": recipe.method.num_experts_per_tok,
+        "num_experts": recipe.pesc.num_experts,
+        "num_experts_per_tok": recipe.pesc.num_experts_per_tok,
         "shares": shares,
     }
 

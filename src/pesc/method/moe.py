@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pesc.config import LayerConfig, PescConfig
+from pesc.config import LayerConfig
 from pesc.method.experts import Experts, build_experts
 from pesc.method.extend import Extension, extend_class
 from pesc.method.router import Router
@@ -27,9 +27,7 @@ class CraftedFFN(Extension, nn.Module):
     prefix = "Crafted"
     router: Router
     experts: Experts
-    adapter_placement: str
-    adapter_scaling: float
-    adapter_dropout: float
+    layer_config: LayerConfig
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """1. shared FFN; 2. route on its input; 3. run the chosen adapters; 4. add.
@@ -43,39 +41,36 @@ class CraftedFFN(Extension, nn.Module):
         shared = super().forward(hidden_states)
         hidden_size = hidden_states.shape[-1]
         _, weights_TK, index_TK = self.router(hidden_states.reshape(-1, hidden_size))
-        adapted = shared if self.adapter_placement == "sequential" else hidden_states
-        if self.adapter_dropout > 0:
-            adapted = F.dropout(adapted, self.adapter_dropout, self.training)
-        if self.adapter_scaling != 1:
-            weights_TK = weights_TK * self.adapter_scaling
+        layer = self.layer_config
+        adapted = shared if layer.adapter_placement == "sequential" else hidden_states
+        if layer.adapter_dropout > 0:
+            adapted = F.dropout(adapted, layer.adapter_dropout, self.training)
+        if layer.adapter_scaling != 1:
+            weights_TK = weights_TK * layer.adapter_scaling
         delta_TD = self.experts(adapted.reshape(-1, hidden_size), index_TK, weights_TK)
         return shared + delta_TD.view_as(shared)
 
 
-def craft_ffn(ffn: nn.Module, hf_config: Any, config: PescConfig, layer: LayerConfig, hidden_size: int) -> CraftedFFN:
+def craft_ffn(ffn: nn.Module, layer: LayerConfig, hf_config: Any) -> CraftedFFN:
     """Give a dense FFN its router and experts, in place.
 
     Args:
         ffn: maps [..., D] to [..., D].
-        hf_config: the model's transformers config, whose `_experts_implementation` the bank follows.
-        config: the method's settings.
-        layer: those of this layer.
-        hidden_size: D.
+        layer: the layer's settings.
+        hf_config: the model's transformers config, for D and for `_experts_implementation`, which the bank follows.
 
     Returns:
         The same module, now a `CraftedFFN`, computing exactly what it computed before.
     """
     extend_class(ffn, CraftedFFN)
     assert isinstance(ffn, CraftedFFN)
-    ffn.router = Router(hidden_size, layer.num_experts, layer.num_experts_per_tok)
+    ffn.layer_config = layer
+    ffn.router = Router(hf_config.hidden_size, layer.num_experts, layer.num_experts_per_tok)
     ffn.experts = build_experts(
         hf_config,
-        activation=config.adapter_activation,
+        activation=layer.adapter_activation,
         num_experts=layer.num_experts,
-        hidden_size=hidden_size,
+        hidden_size=hf_config.hidden_size,
         adapter_dim=layer.adapter_dim,
     )
-    ffn.adapter_placement = config.adapter_placement
-    ffn.adapter_scaling = config.adapter_scaling
-    ffn.adapter_dropout = config.adapter_dropout
     return ffn

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: a progress bar, and metrics.jsonl."""
+"""What a run shows and writes while it trains: its progress, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pesc.machine.progress import Progress
 
 METRICS = "metrics.jsonl"
 
@@ -33,26 +34,15 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the bar; drop lines of steps after the checkpoint that the run resumes from."""
+        """Start to show progress; drop lines of steps after the checkpoint that the run resumes from."""
         kept = [line for line in self._lines() if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.last = kept[-1] if kept else {"tokens": 0, "elapsed": 0.0}
         self.before, self.tokens_before = self.last["elapsed"], self.last["tokens"]
         self.start = self.step_start = time.perf_counter()
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=self.console,
-            refresh_per_second=2,
+            self.console, self.label, state.max_steps, done=state.global_step, status="first step …"
         )
-        self.task = self.progress.add_task(
-            self.label, total=state.max_steps, completed=state.global_step, status="first step …"
-        )
-        self.progress.start()
 
     def on_log(
         self,
@@ -72,14 +62,14 @@ class MetricsWriter(TrainerCallback):
         status = f"loss {line['loss']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
         if "balance" in line:
             status += f"  balance {line['balance']:.3f}"
-        self.progress.update(self.task, completed=state.global_step, status=status)
+        self.progress.update(state.global_step, status)
 
     def summary(self) -> dict[str, Any]:
         """Steps, tokens and seconds of the run so far."""
         return {"steps": self.last.get("step", 0), "tokens": self.last["tokens"], "seconds": self.last["elapsed"]}
 
     def stop(self) -> None:
-        """End the bar, also after an interruption."""
+        """Show no more progress, also after an interruption."""
         if self.progress is not None:
             self.progress.stop()
 

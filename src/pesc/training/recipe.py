@@ -1,106 +1,114 @@
-"""A recipe: everything that decides a training run, in one dataclass that YAML and command line fill."""
+"""A recipe: everything that decides a training run, in sections that a YAML file and the command line fill."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Yaml
 
 from pesc.config import PescConfig
+from pesc.rules import Settings, SettingsError, above, at_least, below
+
+Scheduler = Literal[
+    "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+"""transformers' names; those that need no settings of their own."""
 
 
-@dataclass(kw_only=True)
-class LoraSettings:
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """The model that is tuned."""
+
+    name: str
+    """A dense base: a folder, a hub id, or smollm2-135m-instruct. A crafted folder is tuned further."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and arithmetic. LoRA itself always trains in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Settings):
     """LoRA on the dense weights (the paper: r 64, alpha 16, on q, k, v, o, gate, up, down)."""
 
-    r: int = 64
+    r: Annotated[int, at_least(1)] = 64
     """Rank."""
-    alpha: float = 16
+    alpha: Annotated[float, above(0)] = 16
     """Scaling numerator: LoRA adds alpha / r times its product."""
-    dropout: float = 0.0
+    dropout: Annotated[float, at_least(0), below(1)] = 0.0
     """Dropout on LoRA's input."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of the linear layers that get LoRA; all-linear for all but the output layer."""
+    """Names of the linear layers that get LoRA; all-linear means all but the output layer."""
 
 
-@dataclass(kw_only=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """What the model is trained on."""
+
+    train: Path
+    """JSONL, an example a line: {"messages": [{"role": …, "content": …}, …]}. Every assistant turn is trained on."""
+    max_length: Annotated[int, at_least(2)] = 2048
+    """Tokens of an example; longer ones are truncated, and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Settings):
+    """Optimization: AdamW without weight decay."""
+
+    epochs: Annotated[float, above(0)] = 1.0
+    """Passes over the data; fractions allowed."""
+    steps: Annotated[int | None, at_least(1)] = None
+    """Optimizer steps; overrides epochs."""
+    batch_size: Annotated[int, at_least(1)] = 4
+    """Examples in one forward pass."""
+    gradient_accumulation_steps: Annotated[int, at_least(1)] = 1
+    """Forward passes in one optimizer step."""
+    learning_rate: Annotated[float, above(0)] = 2e-4
+    """Peak rate (the paper: 2e-4)."""
+    lr_scheduler_type: Scheduler = "constant_with_warmup"
+    """How the rate goes on after the warm-up (the paper: constant)."""
+    warmup_ratio: Annotated[float, at_least(0), below(1)] = 0.03
+    """Share of the steps that warm up."""
+    max_grad_norm: Annotated[float, above(0)] = 0.3
+    """Gradient clipping."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    seed: Annotated[int, at_least(0), below(2**32)] = 0
+    """Of initial values, order of the data, and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings(Settings):
+    """Where the run is kept."""
+
+    folder: Path
+    """Folder of the run: adapter, metrics, checkpoints."""
+    save_steps: Annotated[int, at_least(1)] = 500
+    """Steps between checkpoints; an interrupted run resumes from the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
     """One training run.
 
     Raises:
-        ValueError: listing every setting that breaks its rule.
+        ValueError: when pesc and lora are both None, so that nothing would train.
     """
 
-    model: str
-    """Dense base: a folder, a hub id, or smollm2-135m-instruct. A crafted folder is tuned further."""
-    output: Path
-    """Folder of the run: adapter, metrics, checkpoints."""
-    train_data: Path
-    """JSONL, a row a line: {"messages": [{"role": …, "content": …}, …]}. Every assistant turn is learnt."""
-    method: PescConfig | None = field(default_factory=PescConfig)
-    """The experts; null tunes the dense model with LoRA alone."""
+    model: ModelSettings
+    pesc: PescConfig | None = field(default_factory=PescConfig)
+    """The experts; None tunes the dense model with LoRA alone."""
     lora: LoraSettings | None = field(default_factory=LoraSettings)
-    """LoRA; null trains routers and experts alone."""
-    epochs: float = 1.0
-    """Passes over the data; fractions allowed."""
-    steps: int | None = None
-    """Optimizer steps; overrides epochs."""
-    batch_size: int = 4
-    """Rows in one forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes in one optimizer step."""
-    max_length: int = 2048
-    """Tokens of a row; what is longer is cut, and counted."""
-    learning_rate: float = 2e-4
-    """Peak rate of AdamW, held constant after the warm-up (the paper's 2e-4)."""
-    warmup_ratio: float = 0.03
-    """Share of the steps that warm up."""
-    max_grad_norm: float = 0.3
-    """Gradient clipping."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic. LoRA itself always trains in float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
-    save_steps: int = 500
-    """Steps between checkpoints; an interrupted run resumes from the last."""
-    seed: int = 0
-    """Of initial values, order of the data, and dropout."""
+    """LoRA; None trains routers and experts alone."""
+    data: DataSettings
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    output: OutputSettings
 
-    def __post_init__(self) -> None:
-        self.output, self.train_data = self.output.expanduser(), self.train_data.expanduser()
-        rules = {
-            "epochs": (self.epochs > 0, "above 0"),
-            "steps": (self.steps is None or self.steps >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
-            "max_length": (self.max_length >= 2, "at least 2"),
-            "learning_rate": (self.learning_rate > 0, "above 0"),
-            "warmup_ratio": (0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
-            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
-            "save_steps": (self.save_steps >= 1, "at least 1"),
-            "seed": (self.seed >= 0, "at least 0"),
-        }
-        problems = [f"{name} ({getattr(self, name)}) must be {rule}" for name, (ok, rule) in rules.items() if not ok]
-        if self.lora is not None:
-            lora = self.lora
-            problems += [f"lora.r ({lora.r}) must be at least 1"] * (lora.r < 1)
-            problems += [f"lora.alpha ({lora.alpha}) must be above 0"] * (not lora.alpha > 0)
-            problems += [f"lora.dropout ({lora.dropout}) must be at least 0 and below 1"] * (not 0 <= lora.dropout < 1)
-        if self.lora is None and self.method is None:
-            problems.append("method and lora are both null: nothing would train")
-        if problems:
-            raise ValueError("recipe: " + "; ".join(problems))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML holds them."""
-        values = dataclasses.asdict(self)
-        return values | {"output": str(self.output), "train_data": str(self.train_data)}
+    def conflicts(self, broken: Collection[str]) -> Iterator[str]:
+        if self.pesc is None and self.lora is None:
+            yield "pesc and lora are both null, so nothing would train"
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
@@ -112,33 +120,71 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `key=value`, nested keys with dots: `lora.r=8`, `method=null`.
+        overrides: `key=value`, with dotted keys and values as in YAML: `lora.r=8`, `pesc=null`.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: for a key that is no setting (the nearest one is named), a value of the wrong type or range, or
-            a file that is no YAML.
+        ValueError: for a file that is no YAML, or listing every key that is no setting, with the nearest one, and
+            every value of the wrong type or range.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe")
-    broken = [item for item in overrides if "=" not in item or item.startswith("-")]
+    broken = [item for item in overrides if not re.match(r"[a-z]\w*(\.\w+)*=", item)]
     if broken:
         raise ValueError(f"{', '.join(broken)}: a change to the recipe is written key=value, such as lora.r=8")
-    reader = App(
-        name="recipe",
-        config=Yaml(path, must_exist=True),
-        default_parameter=Parameter(name_transform=lambda name: name),
-        result_action="return_value",
-        help_flags=[],
-        version_flags=[],
-    )
-
-    @reader.default
-    def build(recipe: Annotated[Recipe, Parameter(name="*")]) -> Recipe:
-        return recipe
-
     try:
-        return reader([f"--{item}" for item in overrides], exit_on_error=False, print_error=False)
-    except CycloptsError as error:
-        message = " ".join(str(error).split()).replace("--", "")
-        raise ValueError(f"{path}: {message}") from error
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        for item in overrides:
+            key, _, text = item.partition("=")
+            values = _changed(values, key.split("."), yaml.load(text, _Loader))
+        return Recipe.from_dict(values)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
+    except SettingsError as error:
+        raise ValueError(f"{path}: {'; '.join(error.problems)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 does, and 2026-11-24 as text."""
+
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith("timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+0123456789"])
+
+
+def _changed(values: Any, keys: list[str], value: Any) -> Any:
+    """`values` with the value at a path of keys replaced; sections that are missing or null are made."""
+    if not keys:
+        return value
+    section = values if isinstance(values, dict) else {}
+    return section | {keys[0]: _changed(section.get(keys[0]), keys[1:], value)}
+
+
+def differences(recipe: Recipe, other: Recipe) -> list[str]:
+    """What makes two runs' results differ: "key: the other's value there, the recipe's asked for".
+
+    Not counted: where a run is kept and how often it is saved, how a path is written, whether activations are
+    recomputed, and the data's path (their content counts, but is not in the recipe).
+    """
+    return list(_differences(_what_counts(recipe), _what_counts(other), ""))
+
+
+def _what_counts(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.to_dict()
+    del values["output"], values["data"]["train"], values["training"]["gradient_checkpointing"]
+    if (folder := Path(recipe.model.name).expanduser()).exists():
+        values["model"]["name"] = str(folder.resolve())
+    return values
+
+
+def _differences(wanted: Any, there: Any, key: str) -> Iterator[str]:
+    if isinstance(wanted, dict) and isinstance(there, dict):
+        for name in wanted:
+            yield from _differences(wanted[name], there[name], f"{key}.{name}".lstrip("."))
+    elif wanted != there:
+        yield f"{key}: {there} there, {wanted} asked for"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import torch
-import yaml
 from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
@@ -20,17 +19,17 @@ from pesc.crafting.craft import craft
 from pesc.crafting.load import locate
 from pesc.crafting.lora import add_lora, train_experts
 from pesc.crafting.surgery import crafted_ffns
-from pesc.data.chat import encode_rows
-from pesc.data.formats import read_rows
+from pesc.data.chat import encode_examples
+from pesc.data.formats import read_examples
 from pesc.machine.allocator import keep_freed_memory
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
 from pesc.training.callbacks import METRICS, MetricsWriter
-from pesc.training.recipe import Recipe
+from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
 
 RECIPE, SUMMARY, DATA_DIGEST = "recipe.yaml", "summary.json", "train_data.sha256"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 
 
 def train(recipe: Recipe, console: Console | None = None, label: str = "train") -> Path:
@@ -48,51 +47,77 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         The adapter's folder. A run that is complete already is left as it is.
 
     Raises:
-        FileNotFoundError, ValueError: for a model or data that is not there or not whole, and for an output folder
+        FileNotFoundError, ValueError: for a model or data that is not there or not complete, and for an output folder
             that holds a run of another recipe or other data.
     """
     console = console or Console()
-    adapter = recipe.output / "adapter"
+    run = recipe.output.folder
     _refuse_another_recipe(recipe)
     _refuse_other_data(recipe)
-    if adapter.exists():
-        console.print(f"{recipe.output} holds this run, complete: nothing to do")
-        return adapter
+    if (run / ADAPTER).exists():
+        console.print(f"{run} holds this run, complete: nothing to do")
+        return run / ADAPTER
     keep_freed_memory()
-    tokenizer = locate(recipe.model).tokenizer()
-    rows = _encoded_rows(recipe, tokenizer, console)
+    tokenizer = locate(recipe.model.name).tokenizer()
+    examples = _encoded_examples(recipe, tokenizer, console)
     with quiet_libraries():
         model = build_model(recipe)
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    recipe.save(recipe.output / RECIPE)
-    (recipe.output / DATA_DIGEST).write_text(_digest(recipe.train_data) + "\n")
-    writer = MetricsWriter(recipe.output / METRICS, console, label)
+    run.mkdir(parents=True, exist_ok=True)
+    recipe.save(run / RECIPE)
+    (run / DATA_DIGEST).write_text(_digest(recipe.data.train) + "\n")
+    writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
-        trainer = _build_trainer(recipe, model, tokenizer, rows, writer)
+        trainer = _build_trainer(recipe, model, tokenizer, examples, writer)
         try:
             with measure_peak_memory() as peak:
-                _train_or_resume(trainer, recipe.output)
+                _train_or_resume(trainer, run)
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from the last checkpoint")
             raise
         finally:
             writer.stop()
     summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
-    (recipe.output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    return save_adapter(trainer.model, adapter)
+    (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    return save_adapter(trainer.model, run / ADAPTER)
+
+
+def build_model(recipe: Recipe) -> PreTrainedModel:
+    """The model of a recipe as it starts to train: crafted, with LoRA, all else frozen."""
+    set_seed(recipe.training.seed)
+    model = locate(recipe.model.name).load(dtype=recipe.model.dtype)
+    if crafted_ffns(model):
+        if recipe.pesc not in (None, model.config.method):
+            raise ValueError(
+                f"{recipe.model.name} is crafted already, with other settings than the recipe's pesc section: write "
+                "pesc: null"
+            )
+    elif recipe.pesc is not None:
+        craft(model, recipe.pesc)
+    if recipe.lora is None:
+        train_experts(model)
+    else:
+        # Once more: crafting drew random numbers, and LoRA starts from the same matrices with and without experts.
+        set_seed(recipe.training.seed)
+        add_lora(model, _lora_config(recipe.lora))
+    return model
+
+
+def _lora_config(lora: LoraSettings) -> LoraConfig:
+    targets = "all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
 def _build_trainer(
     recipe: Recipe,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, list[int]]],
+    examples: list[dict[str, list[int]]],
     writer: MetricsWriter,
 ) -> PescTrainer:
     trainer = PescTrainer(
         model,
         args=_arguments(recipe),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(examples),
         processing_class=tokenizer,
         callbacks=[writer],
     )
@@ -100,38 +125,11 @@ def _build_trainer(
     return trainer
 
 
-def build_model(recipe: Recipe) -> PreTrainedModel:
-    """The model of a recipe as it starts to train: crafted, with LoRA, all else frozen."""
-    set_seed(recipe.seed)
-    model = locate(recipe.model).load(dtype=recipe.dtype)
-    if crafted_ffns(model):
-        if recipe.method not in (None, model.config.method):
-            raise ValueError(
-                f"{recipe.model} is crafted already, with other settings than the recipe's method: write method: null"
-            )
-    elif recipe.method is not None:
-        craft(model, recipe.method)
-    if recipe.lora is None:
-        train_experts(model)
-    else:
-        targets = recipe.lora.target_modules
-        add_lora(
-            model,
-            LoraConfig(
-                r=recipe.lora.r,
-                lora_alpha=recipe.lora.alpha,
-                lora_dropout=recipe.lora.dropout,
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
-            ),
-        )
-    return model
-
-
-def _train_or_resume(trainer: PescTrainer, output: Path) -> None:
-    for folder in (output / CHECKPOINTS).glob("checkpoint-*"):
+def _train_or_resume(trainer: PescTrainer, run: Path) -> None:
+    for folder in (run / CHECKPOINTS).glob("checkpoint-*"):
         if not _is_complete(folder):
             shutil.rmtree(folder)
-    checkpoint = last_checkpoint(output)
+    checkpoint = last_checkpoint(run)
     if checkpoint is not None and trainer.is_finished_at(checkpoint):
         load_adapter_weights(trainer.model, Path(checkpoint) / "adapter")
     else:
@@ -143,59 +141,57 @@ def _is_complete(checkpoint: Path) -> bool:
     return (checkpoint / "trainer_state.json").is_file()
 
 
-def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint of a run; None when there is none."""
-    found = [folder for folder in (output / CHECKPOINTS).glob("checkpoint-*") if _is_complete(folder)]
+def last_checkpoint(run: Path) -> str | None:
+    """The newest complete checkpoint in a run's folder; None when there is none."""
+    found = [folder for folder in (run / CHECKPOINTS).glob("checkpoint-*") if _is_complete(folder)]
     return str(max(found, key=lambda folder: int(folder.name.split("-")[-1]))) if found else None
 
 
-def _encoded_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[dict[str, list[int]]]:
-    rows = read_rows(recipe.train_data)
-    encoded = encode_rows(rows, tokenizer, recipe.max_length)
+def _encoded_examples(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> list[dict[str, list[int]]]:
+    data = recipe.data
+    conversations = read_examples(data.train)
+    encoded = encode_examples(conversations, tokenizer, data.max_length)
     if encoded.split:
         console.print(
-            f"{encoded.split} of {len(rows)} conversations became a row for each answer, since the chat template "
-            "rewrites earlier turns"
+            f"{encoded.split} of {len(conversations)} conversations became an example for each answer, since the chat "
+            "template rewrites earlier turns"
         )
-    if encoded.cut or encoded.dropped:
+    if encoded.truncated or encoded.dropped:
         console.print(
-            f"{encoded.cut} of {len(encoded.rows) + encoded.dropped} rows were cut to {recipe.max_length} tokens; "
-            f"{encoded.dropped} dropped, which had nothing to learn within that length"
+            f"{encoded.truncated} of {len(encoded.examples) + encoded.dropped} examples were truncated to "
+            f"{data.max_length} tokens; {encoded.dropped} dropped, with nothing to train on within that length"
         )
-    if not encoded.rows:
-        raise ValueError(f"{recipe.train_data} has no row with anything to learn within {recipe.max_length} tokens")
-    return encoded.rows
+    if not encoded.examples:
+        raise ValueError(f"{data.train} has no example with anything to train on within {data.max_length} tokens")
+    return encoded.examples
 
 
 def _refuse_another_recipe(recipe: Recipe) -> None:
-    path = recipe.output / RECIPE
-    wanted = recipe.to_dict()
-    if path.is_file():
-        try:
-            there = yaml.safe_load(path.read_text())
-        except yaml.YAMLError:
-            there = None
-        if not isinstance(there, dict):
-            raise ValueError(f"{path} is damaged: remove {recipe.output}, or choose another output")
-        changed = [
-            f"{key}: {there.get(key)} there, {wanted.get(key)} asked for"
-            for key in sorted(there.keys() | wanted.keys())
-            if there.get(key) != wanted.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{recipe.output} holds a run of another recipe ({'; '.join(changed)}): choose another output, or "
-                "remove that folder"
-            )
+    run = recipe.output.folder
+    if not (run / RECIPE).is_file():
+        return
+    try:
+        there = load_recipe(run / RECIPE)
+    except ValueError as error:
+        raise ValueError(
+            f"the recipe of the run in {run} is damaged, or of another version ({error}): remove that folder, or "
+            "choose another output.folder"
+        ) from error
+    if changed := differences(recipe, there):
+        raise ValueError(
+            f"{run} holds a run of another recipe ({'; '.join(changed)}): choose another output.folder, or remove "
+            "that folder"
+        )
 
 
 def _refuse_other_data(recipe: Recipe) -> None:
-    path = recipe.output / DATA_DIGEST
+    run, data = recipe.output.folder, recipe.data.train
     # A run that is complete does not need its data.
-    if path.is_file() and recipe.train_data.is_file() and path.read_text().strip() != _digest(recipe.train_data):
+    if (run / DATA_DIGEST).is_file() and data.is_file() and (run / DATA_DIGEST).read_text().strip() != _digest(data):
         raise ValueError(
-            f"{recipe.train_data} has changed since the run in {recipe.output} began: choose another output, or remove "
-            "that folder"
+            f"{data} has changed since the run in {run} began: choose another output.folder, or remove that folder"
         )
 
 
@@ -205,30 +201,29 @@ def _digest(file: Path) -> str:
 
 
 def _arguments(recipe: Recipe) -> SFTConfig:
+    training = recipe.training
     return SFTConfig(
-        output_dir=str(recipe.output / CHECKPOINTS),
-        max_length=recipe.max_length,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.steps or -1,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        # Rows of like length together: padding is arithmetic for nothing.
-        train_sampling_strategy="group_by_length",
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=recipe.warmup_ratio,
-        max_grad_norm=recipe.max_grad_norm,
+        output_dir=str(recipe.output.folder / CHECKPOINTS),
+        max_length=recipe.data.max_length,
+        num_train_epochs=training.epochs,
+        max_steps=training.steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_ratio,
+        max_grad_norm=training.max_grad_norm,
         weight_decay=0.0,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing=training.gradient_checkpointing,
         # The weights have the recipe's dtype themselves; nothing is cast on the way.
         bf16=False,
         fp16=False,
         logging_steps=1,
-        save_steps=recipe.save_steps,
+        save_steps=recipe.output.save_steps,
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
-        seed=recipe.seed,
-        data_seed=recipe.seed,
+        seed=training.seed,
+        data_seed=training.seed,
     )

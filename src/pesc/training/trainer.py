@@ -17,6 +17,7 @@ from pesc.machine.allocator import release_where_scarce
 from pesc.method.losses import token_mask
 from pesc.method.routing import balance, expert_counts, record_router_logits
 from pesc.training.loss import summed_loss
+from pesc.training.sampler import LengthGroupedSampler
 
 
 class PescTrainer(SFTTrainer):
@@ -36,6 +37,12 @@ class PescTrainer(SFTTrainer):
         """Whether a checkpoint is that of the last step."""
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         return state.global_step >= state.max_steps
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        return LengthGroupedSampler(
+            lengths, self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The trainer's, after which memory that is kept may not crowd out the machine."""

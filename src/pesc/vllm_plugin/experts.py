@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from pesc.config import LayerConfig, PescConfig
+from pesc.config import LayerConfig
 
 
 class Router(nn.Module):
@@ -45,14 +45,14 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """This rank's slice of the E adapters of one layer."""
 
-    def __init__(self, hidden_size: int, layer: LayerConfig, activation: str, rank: int, world_size: int) -> None:
+    def __init__(self, hidden_size: int, layer: LayerConfig, rank: int, world_size: int) -> None:
         super().__init__()
         if layer.adapter_dim % world_size:
             raise ValueError(
                 f"adapter_dim ({layer.adapter_dim}) must be a multiple of the tensor parallel size ({world_size})"
             )
         self.rank = rank
-        self.gated = activation == "swiglu"
+        self.gated = layer.adapter_activation == "swiglu"
         self.first_name = "gate_up_proj" if self.gated else "up_proj"
         part = layer.adapter_dim // world_size
         first = torch.empty(layer.num_experts, part * (2 if self.gated else 1), hidden_size)
@@ -89,8 +89,7 @@ class CraftedFFN(nn.Module):
     dense_forward: ClassVar[Callable[..., torch.Tensor]]
     router: Router
     experts: Experts
-    sequential: bool
-    scaling: float
+    layer_config: LayerConfig
     partial: bool
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -106,11 +105,12 @@ class CraftedFFN(nn.Module):
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         h_TD = shared.reshape(x_TD.shape)
         weights_TK, index_TK = self.router(x_TD)
-        adapted_TD = h_TD if self.sequential else x_TD
-        if self.sequential and self.partial:
+        sequential = self.layer_config.adapter_placement == "sequential"
+        adapted_TD = h_TD if sequential else x_TD
+        if sequential and self.partial:
             # Of a copy: on some devices vLLM sums in place.
             adapted_TD = tensor_model_parallel_all_reduce(h_TD.clone())
-        delta_TD = self.experts(adapted_TD, weights_TK * self.scaling, index_TK)
+        delta_TD = self.experts(adapted_TD, weights_TK * self.layer_config.adapter_scaling, index_TK)
         if not self.partial:
             delta_TD = tensor_model_parallel_all_reduce(delta_TD)
         return (h_TD + delta_TD).view_as(shared)
@@ -124,13 +124,12 @@ class CraftedFFN(nn.Module):
             self.router.weight.data.copy_(tensor)
 
 
-def craft_ffn(ffn: nn.Module, config: PescConfig, layer: LayerConfig, hidden_size: int) -> CraftedFFN:
+def craft_ffn(ffn: nn.Module, layer: LayerConfig, hidden_size: int) -> CraftedFFN:
     """Give a vLLM FFN its router and experts, uninitialised, in place, in torch's default dtype and device.
 
     Args:
         ffn: maps [..., D] to [..., D].
-        config: the method's settings.
-        layer: those of this layer.
+        layer: the layer's settings.
         hidden_size: D.
 
     Raises:
@@ -142,10 +141,9 @@ def craft_ffn(ffn: nn.Module, config: PescConfig, layer: LayerConfig, hidden_siz
     own = vars(ffn).pop("forward", None)
     ffn.__class__ = _crafted_ffn_class(dense, dense.forward if own is None else own.__func__)
     assert isinstance(ffn, CraftedFFN)
+    ffn.layer_config = layer
     ffn.router = Router(hidden_size, layer.num_experts, layer.num_experts_per_tok)
-    ffn.experts = Experts(hidden_size, layer, config.adapter_activation, rank, world_size)
-    ffn.sequential = config.adapter_placement == "sequential"
-    ffn.scaling = config.adapter_scaling
+    ffn.experts = Experts(hidden_size, layer, rank, world_size)
     row_parallel = [module for module in ffn.modules() if isinstance(module, RowParallelLinear)]
     ffn.partial = world_size > 1 and any(not module.reduce_results for module in row_parallel)
     return ffn

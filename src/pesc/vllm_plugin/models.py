@@ -145,7 +145,7 @@ def add_experts(model: nn.Module, hf_config: Any) -> dict[int, tuple[str, Crafte
         # A pipeline stage holds empty places for the layers of the others.
         if any(True for _ in layer.parameters()):
             name = _ffn_name(layer, f"{path}.{index}", text_config.hidden_size)
-            ffn = craft_ffn(layer.get_submodule(name), pesc_config, settings, text_config.hidden_size)
+            ffn = craft_ffn(layer.get_submodule(name), settings, text_config.hidden_size)
             found[index] = f"{path}.{index}.{name}", ffn
     return found
 

@@ -196,7 +196,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint()
     checkpoint.config |= {"topk": 9, "moe_scaling": "much"}
     with pytest.raises(
-        ValueError, match=r"num_experts_per_tok \(9\) must be at most num_experts \(8\).*adapter_scaling"
+        ValueError, match=r"adapter_scaling \('much'\).*num_experts_per_tok \(9\) must be at most num_experts \(8\)"
     ):
         import_checkpoint(checkpoint.save(tmp_path / "source"), tmp_path / "out")
     checkpoint.config |= {"topk": 2, "moe_scaling": 1, "hidden_size": "wide"}

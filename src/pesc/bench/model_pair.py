@@ -1,4 +1,4 @@
-"""What is timed: a whole model, or one layer of a large one, in every form."""
+"""What is timed: a whole model, or one layer of a large one, in every variant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.pytorch_utils import Conv1D
 
 from pesc.bench import references
-from pesc.bench.config import Backend, Form, Work
+from pesc.bench.config import Backend, Variant, Workload
 from pesc.config import PescConfig
 from pesc.crafting.craft import craft
 from pesc.crafting.load import locate
@@ -27,16 +27,15 @@ _LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 @dataclass
-class Subject:
-    """One dense model and its crafted form, ready to be timed."""
+class ModelPair:
+    """One dense model and its crafted variant, ready to be timed."""
 
     dense: Any
     crafted: Any
-    method: PescConfig
     backends: tuple[str, ...]
     upcycled: Any = None
 
-    def forms(self) -> dict[str, tuple[Any, str | None]]:
+    def variants(self) -> dict[str, tuple[Any, str | None]]:
         """(model, backend) of every row by name."""
         rows: dict[str, tuple[Any, str | None]] = {DENSE: (self.dense, None)}
         rows |= {backend: (self.crafted, backend) for backend in self.backends}
@@ -56,25 +55,27 @@ def load_base(model: str, dtype: torch.dtype) -> Any:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def build_subject(dense: Any, method: PescConfig, *, lora: bool, forms: Collection[Form] = BACKENDS) -> Subject:
-    """A subject of random experts.
+def build_model_pair(
+    dense: Any, pesc_config: PescConfig, *, lora: bool, variants: Collection[Variant] = BACKENDS
+) -> ModelPair:
+    """A pair of random experts.
 
     Args:
-        dense: a dense model, which becomes the subject's.
-        method: the experts.
+        dense: a dense model, which becomes the pair's.
+        pesc_config: the experts.
         lora: whether dense and crafted model carry LoRA, for training.
-        forms: what to time beside dense.
+        variants: what to time beside dense.
 
     Raises:
-        ValueError: for a model or method that the Mixtral form cannot hold.
+        ValueError: for a model or experts that the Mixtral variant cannot hold.
     """
     references.register()
-    crafted = craft(copy.deepcopy(dense), method)
+    crafted = craft(copy.deepcopy(dense), pesc_config)
     with torch.no_grad():
         for name, parameter in expert_parameters(crafted).items():
             if name.endswith("down_proj"):
                 parameter.normal_(std=0.02)
-    upcycled = _upcycled(dense, method) if UPCYCLED in forms else None
+    upcycled = _upcycled(dense, pesc_config) if UPCYCLED in variants else None
     if lora:
         for tuned in (dense, crafted):
             add_lora(tuned, LoraConfig(**_LORA))
@@ -84,7 +85,7 @@ def build_subject(dense: Any, method: PescConfig, *, lora: bool, forms: Collecti
     for built in (dense, crafted, upcycled):
         if built is not None:
             built.to(device)
-    return Subject(dense, crafted, method, tuple(f for f in forms if f != UPCYCLED), upcycled)
+    return ModelPair(dense, crafted, tuple(v for v in variants if v != UPCYCLED), upcycled)
 
 
 def use_backend(model: nn.Module, backend: str | None) -> None:
@@ -101,58 +102,58 @@ class Cost:
     frozen: float
     trained: float
 
-    def of(self, work: Work) -> float:
-        """For a kind of work; a backward pass costs one product for the input and one for each trained weight."""
-        if work in ("train", "layers"):
+    def of(self, workload: Workload) -> float:
+        """For a workload; a backward pass costs one product for the input and one for each trained weight."""
+        if workload in ("train", "layers"):
             return 2 * self.frozen + 3 * self.trained
-        if work == "train_checkpointed":
+        if workload == "train_checkpointed":
             return 3 * self.frozen + 4 * self.trained
         return self.frozen + self.trained
 
 
-def costs(subject: Subject, work: Work) -> dict[str, Cost]:
+def costs(pair: ModelPair, workload: Workload) -> dict[str, Cost]:
     """What a token costs by arithmetic alone; for "layers", in the FFNs alone.
 
     Returns:
-        By form; of crafted ones only the chosen experts count.
+        By variant; of crafted ones only the chosen experts count.
     """
-    ffns = crafted_ffns(subject.crafted)
+    ffns = crafted_ffns(pair.crafted)
     prefixes = tuple(f"{name}." for name, _ in ffns)
-    linear = {n: m.weight.numel() for n, m in subject.dense.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linear = {n: m.weight.numel() for n, m in pair.dense.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     base = {name: count for name, count in linear.items() if "lora_" not in name}
     in_ffns = sum(count for name, count in base.items() if name.startswith(prefixes))
-    dense = in_ffns if work == "layers" else sum(base.values())
+    dense = in_ffns if workload == "layers" else sum(base.values())
     router = sum(ffn.router.weight.numel() for _, ffn in ffns)
     active = router + sum(round(_bank_size(ffn) * _chosen(ffn)) for _, ffn in ffns)
-    found = {DENSE: Cost(dense, _lora_size(subject.dense))}
-    found |= dict.fromkeys(subject.backends, Cost(dense, _lora_size(subject.crafted) + active))
-    if subject.upcycled is not None:
-        config = subject.upcycled.config
+    found = {DENSE: Cost(dense, _lora_size(pair.dense))}
+    found |= dict.fromkeys(pair.backends, Cost(dense, _lora_size(pair.crafted) + active))
+    if pair.upcycled is not None:
+        config = pair.upcycled.config
         found[UPCYCLED] = Cost(
-            dense - in_ffns, _lora_size(subject.upcycled) + config.num_experts_per_tok * in_ffns + router
+            dense - in_ffns, _lora_size(pair.upcycled) + config.num_experts_per_tok * in_ffns + router
         )
     return found
 
 
-def weights_read(subject: Subject, form: str, rows: int) -> float:
-    """Linear weights that one decoding step of some rows reads, relative to dense, if rows choose at random."""
-    cost = costs(subject, "decode")
+def weights_read(pair: ModelPair, variant: str, batch: int) -> float:
+    """Linear weights that a decoding step of `batch` sequences reads, relative to dense, if they choose at random."""
+    cost = costs(pair, "decode")
     dense = cost[DENSE].frozen
-    if form == DENSE:
+    if variant == DENSE:
         return 1.0
-    if form == UPCYCLED:
-        experts, chosen = subject.upcycled.config.num_local_experts, subject.upcycled.config.num_experts_per_tok
+    if variant == UPCYCLED:
+        experts, chosen = pair.upcycled.config.num_local_experts, pair.upcycled.config.num_experts_per_tok
         attention = cost[UPCYCLED].frozen
-        return (attention + _hit(chosen / experts, rows) * experts * (dense - attention)) / dense
+        return (attention + _hit(chosen / experts, batch) * experts * (dense - attention)) / dense
     bank = 0.0
-    for _, ffn in crafted_ffns(subject.crafted):
-        bank += _bank_size(ffn) * _hit(_chosen(ffn), rows) + ffn.router.weight.numel()
+    for _, ffn in crafted_ffns(pair.crafted):
+        bank += _bank_size(ffn) * _hit(_chosen(ffn), batch) + ffn.router.weight.numel()
     return (dense + bank) / dense
 
 
-def _hit(chosen: float, rows: int) -> float:
-    """Share of the experts that at least one of some rows chooses, when each chooses such a share at random."""
-    return 1 - (1 - chosen) ** rows
+def _hit(chosen: float, batch: int) -> float:
+    """Share of the experts that at least one of `batch` sequences chooses, if each chooses such a share at random."""
+    return 1 - (1 - chosen) ** batch
 
 
 def _chosen(ffn: Any) -> float:
@@ -168,12 +169,12 @@ def _lora_size(model: nn.Module) -> int:
     return sum(p.numel() for p in lora_parameters(model).values())
 
 
-def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
+def _upcycled(dense: Any, pesc_config: PescConfig) -> MixtralForCausalLM:
     c = dense.config
-    if c.model_type != "llama" or not isinstance(method.num_experts, int):
+    if c.model_type != "llama" or not isinstance(pesc_config.num_experts, int):
         raise ValueError(
             f"{UPCYCLED} needs a llama model with one num_experts for all layers, not {c.model_type} with "
-            f"num_experts {method.num_experts}: leave it out"
+            f"num_experts {pesc_config.num_experts}: leave it out"
         )
     config = MixtralConfig(
         vocab_size=c.vocab_size,
@@ -182,8 +183,8 @@ def _upcycled(dense: Any, method: PescConfig) -> MixtralForCausalLM:
         num_hidden_layers=c.num_hidden_layers,
         num_attention_heads=c.num_attention_heads,
         num_key_value_heads=c.num_key_value_heads,
-        num_local_experts=method.num_experts,
-        num_experts_per_tok=method.num_experts_per_tok,
+        num_local_experts=pesc_config.num_experts,
+        num_experts_per_tok=pesc_config.num_experts_per_tok,
         tie_word_embeddings=c.tie_word_embeddings,
         sliding_window=None,
     )
