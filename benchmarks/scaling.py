@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pesc.bench.config import BenchConfig
 from pesc.bench.measure import machine
-from pesc.bench.model_pair import DENSE, build_model_pair, costs
+from pesc.bench.model_pair import DENSE, bound, build_model_pair
 from pesc.bench.peak import peak_memory
 from pesc.bench.steps import make_steps
 from pesc.bench.timing import interleave
@@ -84,13 +84,12 @@ def measure(point: Point) -> dict[str, Any]:
     timings = interleave({name: step.run for name, step in steps.items()}, ROUNDS)
     ratio, low, high = timings["auto"].ratio(timings[DENSE])
     memory = {name: peak_memory(step.run, step.resident()) for name, step in steps.items()}
-    cost = costs(pair, "train")
     kept = point.layers * point.tokens * (HIDDEN + point.chosen * point.adapter_dim) * FLOAT
     own = steps["auto"].own_memory()  # a quarter each: weights, gradients, two moments
     return {
         "point": asdict(point),
         "time": [100 * (r - 1) for r in (ratio, low, high)],
-        "time_law": 100 * (cost["auto"].of("train") / cost[DENSE].of("train") - 1),
+        "time_law": 100 * (bound(pair, "auto", "train") - 1),
         "memory": (memory["auto"] - memory[DENSE]) / 1e6,
         "memory_law": (own * 3 / 4 + max(kept, own / 4)) / 1e6,
     }

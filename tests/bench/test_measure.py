@@ -14,10 +14,11 @@ from checkpoints import tiny_dense
 from pesc import PescConfig
 from pesc.bench.config import BenchConfig
 from pesc.bench.measure import run_bench
-from pesc.bench.model_pair import BACKENDS, Cost, build_model_pair, costs, load_base, use_backend, weights_read
+from pesc.bench.model_pair import BACKENDS, build_model_pair, costs, load_base, use_backend, weights_read
 from pesc.bench.peak import peak_memory
 from pesc.bench.steps import make_steps
 from pesc.bench.timing import WARM_UPS, Timing, interleave
+from pesc.crafting.cost import Multiplications
 from pesc.crafting.surgery import expert_parameters
 
 PESC = PescConfig(num_experts=4, num_experts_per_tok=2, adapter_dim=8)
@@ -44,10 +45,10 @@ def test_costs_against_a_count_by_hand(tmp_path: Path) -> None:
     ffn, attention, router, expert = 3 * 32 * 48, 32 * 32 * 2 + 32 * 16 * 2, 4 * 32, 2 * 32 * 8
     dense = 2 * (ffn + attention) + 32 * 264
     found = costs(pair, "prefill")
-    assert found["dense"] == Cost(dense, 0)
-    assert found["auto"] == Cost(dense, 2 * (2 * expert + router))
-    assert found["sparse_upcycling"] == Cost(dense - 2 * ffn, 2 * (2 * ffn + router))
-    assert costs(pair, "layers")["auto"] == Cost(2 * ffn, 2 * (2 * expert + router))
+    assert found["dense"] == Multiplications(dense, 0)
+    assert found["auto"] == Multiplications(dense, 2 * (2 * expert + router))
+    assert found["sparse_upcycling"] == Multiplications(dense - 2 * ffn, 2 * (2 * ffn + router))
+    assert costs(pair, "layers")["auto"] == Multiplications(2 * ffn, 2 * (2 * expert + router))
     assert pair.upcycled.config.num_local_experts == 4
     assert weights_read(pair, "auto", 1) == pytest.approx(1 + 2 * (2 * expert + router) / dense)
     assert weights_read(pair, "auto", 1000) == pytest.approx(1 + 2 * (4 * expert + router) / dense)
@@ -55,8 +56,8 @@ def test_costs_against_a_count_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_backward_pass_costs_a_product_for_the_input_and_one_for_each_trained_weight() -> None:
-    cost = Cost(frozen=10, trained=1)
-    assert [cost.of(w) for w in ("prefill", "decode", "train", "train_checkpointed")] == [11, 11, 23, 34]
+    cost = Multiplications(frozen=10, trained=1)
+    assert [cost.forward, cost.step(), cost.step(checkpointed=True)] == [11, 23, 34]
 
 
 def test_peak_memory_is_what_lies_there_and_what_a_step_adds() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pesc.bench.config import BenchConfig, Workload
-from pesc.bench.model_pair import DENSE, UPCYCLED, ModelPair, build_model_pair, costs, load_base, weights_read
+from pesc.bench.model_pair import DENSE, UPCYCLED, ModelPair, bound, build_model_pair, load_base, weights_read
 from pesc.bench.peak import peak_memory
 from pesc.bench.steps import make_steps
 from pesc.bench.timing import WARM_UPS, interleave
@@ -124,7 +124,6 @@ def _measure(
     with Progress(console, f"{name}, {config.dtype}", WARM_UPS + config.rounds, transient=True) as progress:
         timings = interleave(functions, config.rounds, progress.update)
     tokens = batch * (config.decode_tokens if workload == "decode" else config.tokens)
-    cost = {variant: of_variant.of(workload) for variant, of_variant in costs(pair, workload).items()}
     table = {}
     for variant, step in steps.items():
         ratio, low, high = timings[variant].ratio(timings[DENSE])
@@ -133,7 +132,7 @@ def _measure(
             ratio=ratio,
             ratio_low=low,
             ratio_high=high,
-            bound=cost[variant] / cost[DENSE],
+            bound=bound(pair, variant, workload),
             bytes_bound=weights_read(pair, variant, batch) if workload == "decode" else None,
             peak_memory=peak_memory(step.run, step.resident()),
             own_memory=step.own_memory(),

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pesc.bench import references
 from pesc.bench.config import Backend, Variant, Workload
 from pesc.config import PescConfig
+from pesc.crafting.cost import LayerCost, Multiplications, layer_cost
 from pesc.crafting.craft import craft
 from pesc.crafting.load import locate
 from pesc.crafting.lora import add_lora, lora_parameters
@@ -95,44 +96,38 @@ def use_backend(model: nn.Module, backend: str | None) -> None:
         model.set_experts_implementation(name)  # type: ignore[operator]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds of a token in a model's linear layers, attention's own products left out."""
-
-    frozen: float
-    trained: float
-
-    def of(self, workload: Workload) -> float:
-        """For a workload; a backward pass costs one product for the input and one for each trained weight."""
-        if workload in ("train", "layers"):
-            return 2 * self.frozen + 3 * self.trained
-        if workload == "train_checkpointed":
-            return 3 * self.frozen + 4 * self.trained
-        return self.frozen + self.trained
-
-
-def costs(pair: ModelPair, workload: Workload) -> dict[str, Cost]:
-    """What a token costs by arithmetic alone; for "layers", in the FFNs alone.
+def costs(pair: ModelPair, workload: Workload) -> dict[str, Multiplications]:
+    """The multiplications of a token; for "layers", in the FFNs alone.
 
     Returns:
         By variant; of crafted ones only the chosen experts count.
     """
-    ffns = crafted_ffns(pair.crafted)
-    prefixes = tuple(f"{name}." for name, _ in ffns)
+    layers = _layer_costs(pair)
+    prefixes = tuple(f"{name}." for name, _ in crafted_ffns(pair.crafted))
     linear = {n: m.weight.numel() for n, m in pair.dense.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     base = {name: count for name, count in linear.items() if "lora_" not in name}
     in_ffns = sum(count for name, count in base.items() if name.startswith(prefixes))
     dense = in_ffns if workload == "layers" else sum(base.values())
-    router = sum(ffn.router.weight.numel() for _, ffn in ffns)
-    active = router + sum(round(_bank_size(ffn) * _chosen(ffn)) for _, ffn in ffns)
-    found = {DENSE: Cost(dense, _lora_size(pair.dense))}
-    found |= dict.fromkeys(pair.backends, Cost(dense, _lora_size(pair.crafted) + active))
+    active = _lora_size(pair.crafted) + sum(layer.active for layer in layers)
+    found = {DENSE: Multiplications(dense, _lora_size(pair.dense))}
+    found |= dict.fromkeys(pair.backends, Multiplications(dense, active))
     if pair.upcycled is not None:
-        config = pair.upcycled.config
-        found[UPCYCLED] = Cost(
-            dense - in_ffns, _lora_size(pair.upcycled) + config.num_experts_per_tok * in_ffns + router
-        )
+        routers = sum(layer.router for layer in layers)
+        copies = pair.upcycled.config.num_experts_per_tok * in_ffns
+        found[UPCYCLED] = Multiplications(dense - in_ffns, _lora_size(pair.upcycled) + copies + routers)
     return found
+
+
+def bound(pair: ModelPair, variant: str, workload: Workload) -> float:
+    """The time of a variant relative to dense, if only multiplications cost time."""
+    cost = costs(pair, workload)
+
+    def of(multiplications: Multiplications) -> float:
+        if workload in ("prefill", "decode"):
+            return multiplications.forward
+        return multiplications.step(checkpointed=workload == "train_checkpointed")
+
+    return of(cost[variant]) / of(cost[DENSE])
 
 
 def weights_read(pair: ModelPair, variant: str, batch: int) -> float:
@@ -142,27 +137,15 @@ def weights_read(pair: ModelPair, variant: str, batch: int) -> float:
     if variant == DENSE:
         return 1.0
     if variant == UPCYCLED:
-        experts, chosen = pair.upcycled.config.num_local_experts, pair.upcycled.config.num_experts_per_tok
-        attention = cost[UPCYCLED].frozen
-        return (attention + _hit(chosen / experts, batch) * experts * (dense - attention)) / dense
-    bank = 0.0
-    for _, ffn in crafted_ffns(pair.crafted):
-        bank += _bank_size(ffn) * _hit(_chosen(ffn), batch) + ffn.router.weight.numel()
-    return (dense + bank) / dense
+        config, attention = pair.upcycled.config, cost[UPCYCLED].frozen
+        ffns = LayerCost(0, dense - attention, config.num_local_experts, config.num_experts_per_tok)
+        return (attention + ffns.read(batch)) / dense
+    return (dense + sum(layer.read(batch) for layer in _layer_costs(pair))) / dense
 
 
-def _hit(chosen: float, batch: int) -> float:
-    """Share of the experts that at least one of `batch` sequences chooses, if each chooses such a share at random."""
-    return 1 - (1 - chosen) ** batch
-
-
-def _chosen(ffn: Any) -> float:
-    """Share of a layer's experts that a token chooses."""
-    return ffn.router.num_experts_per_tok / ffn.router.num_experts
-
-
-def _bank_size(ffn: Any) -> int:
-    return sum(p.numel() for p in ffn.experts.parameters())
+def _layer_costs(pair: ModelPair) -> list[LayerCost]:
+    hidden_size = pair.dense.config.hidden_size
+    return [layer_cost(ffn.layer_config, hidden_size) for _, ffn in crafted_ffns(pair.crafted)]
 
 
 def _lora_size(model: nn.Module) -> int:

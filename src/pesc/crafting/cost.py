@@ -1,4 +1,4 @@
-"""How many parameters a model has, how many a token meets, how many are trained."""
+"""The arithmetic of the method: parameters and multiplications of layers and models (docs/method.md has the table)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,66 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pesc.config import LayerConfig
 from pesc.crafting.lora import adapter_tensors
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Parameters that crafting adds to one layer; as many multiplications for a token that meets them all."""
+
+    router: int
+    expert: int
+    num_experts: int
+    num_experts_per_tok: int
+
+    @property
+    def total(self) -> int:
+        """Router and all experts: E D + E (2 D A), with swiglu E (3 D A)."""
+        return self.router + self.num_experts * self.expert
+
+    @property
+    def active(self) -> int:
+        """Those that one token meets: the router and K experts."""
+        return self.router + self.num_experts_per_tok * self.expert
+
+    def read(self, tokens: int) -> float:
+        """Those that a step of `tokens` tokens reads, if each token chooses K of E experts at random."""
+        hit = 1 - (1 - self.num_experts_per_tok / self.num_experts) ** tokens
+        return self.router + hit * self.num_experts * self.expert
+
+
+def layer_cost(layer: LayerConfig, hidden_size: int) -> LayerCost:
+    """The cost of one crafted layer by its settings."""
+    matrices = 3 if layer.adapter_activation == "swiglu" else 2
+    return LayerCost(
+        router=layer.num_experts * hidden_size,
+        expert=matrices * hidden_size * layer.adapter_dim,
+        num_experts=layer.num_experts,
+        num_experts_per_tok=layer.num_experts_per_tok,
+    )
+
+
+@dataclass(frozen=True)
+class Multiplications:
+    """Multiply-adds of a token in a model's linear layers, attention's own products left out."""
+
+    frozen: int
+    trained: int
+
+    @property
+    def forward(self) -> int:
+        """A forward pass alone."""
+        return self.frozen + self.trained
+
+    def step(self, *, checkpointed: bool = False) -> int:
+        """A training step: backward costs a product for each input and one for each trained weight.
+
+        Args:
+            checkpointed: the forward pass runs twice.
+        """
+        return (2 + checkpointed) * self.frozen + (3 + checkpointed) * self.trained
 
 
 @dataclass(frozen=True)
@@ -17,9 +75,9 @@ class ParameterCounts:
     total: int
     """All parameters; tied ones once."""
     active: int
-    """Those that take part in computing one token: all but the experts it is not sent to."""
+    """Those that take part in computing one token: all but the experts that it is not sent to."""
     trained: int
-    """LoRA, routers and experts: what training changes."""
+    """LoRA, routers and experts: the parameters that training changes."""
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
@@ -31,11 +89,8 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     adapters = adapter_tensors(model)
     lora = set(adapters) - set(expert_parameters(model))
     total = sum(_size(parameter) for name, parameter in model.named_parameters() if name not in lora)
-    idle = 0
-    for _, ffn in crafted_ffns(model):
-        bank = sum(_size(parameter) for parameter in ffn.experts.parameters())
-        router = ffn.router
-        idle += bank * (router.num_experts - router.num_experts_per_tok) // router.num_experts
+    costs = [layer_cost(ffn.layer_config, ffn.router.weight.shape[1]) for _, ffn in crafted_ffns(model)]
+    idle = sum(cost.total - cost.active for cost in costs)
     return ParameterCounts(total, total - idle, sum(_size(parameter) for parameter in adapters.values()))
 
 

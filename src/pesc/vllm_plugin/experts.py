@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from pesc.config import LayerConfig
+from pesc.method.extend import Extension, extend_class
 
 
 class Router(nn.Module):
@@ -83,10 +84,10 @@ class Experts(nn.Module):
         getattr(self, name).data.copy_(piece)
 
 
-class CraftedFFN(nn.Module):
+class CraftedFFN(Extension, nn.Module):
     """Extends a vLLM FFN's class: y = F(x) + s * sum_i R_i(x) a_i(.) over the K experts chosen for each token."""
 
-    dense_forward: ClassVar[Callable[..., torch.Tensor]]
+    prefix = "Crafted"
     router: Router
     experts: Experts
     layer_config: LayerConfig
@@ -101,7 +102,7 @@ class CraftedFFN(nn.Module):
         Returns:
             [..., D]; only this rank's part if the family sums the FFN's output over ranks later.
         """
-        shared = self.dense_forward(hidden_states)
+        shared = super().forward(hidden_states)
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         h_TD = shared.reshape(x_TD.shape)
         weights_TK, index_TK = self.router(x_TD)
@@ -136,10 +137,11 @@ def craft_ffn(ffn: nn.Module, layer: LayerConfig, hidden_size: int) -> CraftedFF
         ValueError: when the adapters cannot be sliced over the tensor parallel ranks.
     """
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    dense: Any = type(ffn)
     # vLLM binds rewritten forwards to instances when it builds on transformers' modules.
-    own = vars(ffn).pop("forward", None)
-    ffn.__class__ = _crafted_ffn_class(dense, dense.forward if own is None else own.__func__)
+    if (own := vars(ffn).pop("forward", None)) is not None:
+        dense: Any = type(ffn)
+        ffn.__class__ = _with_forward(dense, own.__func__)
+    extend_class(ffn, CraftedFFN)
     assert isinstance(ffn, CraftedFFN)
     ffn.layer_config = layer
     ffn.router = Router(hidden_size, layer.num_experts, layer.num_experts_per_tok)
@@ -150,9 +152,8 @@ def craft_ffn(ffn: nn.Module, layer: LayerConfig, hidden_size: int) -> CraftedFF
 
 
 @functools.cache
-def _crafted_ffn_class(dense: Any, dense_forward: Callable[..., torch.Tensor]) -> type[CraftedFFN]:
-    namespace = {"__module__": __name__, "dense_forward": dense_forward}
-    return type(f"Crafted{dense.__name__}", (CraftedFFN, dense), namespace)
+def _with_forward(dense: Any, forward: Callable[..., torch.Tensor]) -> Any:
+    return type(dense.__name__, (dense,), {"forward": forward, "__module__": dense.__module__})
 
 
 def fused_experts(
