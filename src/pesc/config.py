@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -58,17 +58,20 @@ class PescConfig(Settings):
     layers: Annotated[list[int] | None, at_least(0), ASCENDING] = None
     """Indices of the decoder layers that get experts; all of them by default."""
 
-    def conflicts(self, broken: Collection[str]) -> Iterator[str]:
-        if {"num_experts", "num_experts_per_tok"} & set(broken):
+    @staticmethod
+    def conflicts(values: dict[str, Any]) -> Iterator[str]:
+        if not {"num_experts", "num_experts_per_tok"} <= values.keys():
             return
-        experts, chosen = _as_list(self.num_experts), _as_list(self.num_experts_per_tok)
+        experts, chosen = _as_list(values["num_experts"]), _as_list(values["num_experts_per_tok"])
         width = max(len(experts), len(chosen))
         if not {len(experts), len(chosen)} <= {1, width}:
             yield f"num_experts and num_experts_per_tok list {len(experts)} and {len(chosen)} values: must be as many"
             return
         pairs = zip(experts * (width // len(experts)), chosen * (width // len(chosen)), strict=True)
         if any(k > e for e, k in pairs):
-            yield f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most num_experts ({self.num_experts})"
+            yield "num_experts_per_tok ({num_experts_per_tok}) must be at most num_experts ({num_experts})".format(
+                **values
+            )
 
     def for_layers(self, num_hidden_layers: int) -> dict[int, LayerConfig]:
         """Settings of each crafted layer of a model with `num_hidden_layers` layers, by layer index.

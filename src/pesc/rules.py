@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -43,45 +43,30 @@ def below(high: float) -> Rule:
 ASCENDING = Rule("in ascending order, each once", lambda items: sorted(set(items)) == items, of_list=True)
 
 
-class SettingsError(ValueError):
-    """Settings that break their rules.
-
-    Args:
-        title: of the settings.
-        problems: each text begins with the name of a field.
-    """
-
-    def __init__(self, title: str, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
-        super().__init__(f"{title}: " + "; ".join(self.problems))
-
-
 class Settings:
     """Base of a dataclass of settings.
 
     A field's type is int, float, bool, str, Path, a Literal of texts, a list of these, or other `Settings` (a
-    section); or a union of these and None. Types are strict: True is no integer, and "4" is none. Only a path may be
-    given as text, and its ~ is expanded. A list must not be empty.
+    section); or a union of these and None. Types are strict: True is no integer, and "4" is none. A list must not be
+    empty. A section may be given as a dict, and a path as text; its ~ is expanded.
 
     Raises:
-        SettingsError: a ValueError that lists every field that breaks its rule.
+        ValueError: listing every field that breaks its rule, by dotted name, as in "lora.r (0) must be …".
     """
 
     def __post_init__(self) -> None:
-        fields = _fields(type(self))
-        problems = {field.name: p for field in fields if (p := field.problem(getattr(self, field.name)))}
-        if texts := [*problems.values(), *self.conflicts(problems.keys())]:
-            raise SettingsError(type(self).__name__, texts)
-        for field in fields:
+        _refuse(type(self), _broken_rules(type(self), vars(self)))
+        for field in _fields(type(self)):
+            value = getattr(self, field.name)
             if field.kind is Path:
-                object.__setattr__(self, field.name, Path(getattr(self, field.name)).expanduser())
+                value = Path(value).expanduser()
+            elif field.section and isinstance(value, dict):
+                value = field.section.from_dict(value)
+            object.__setattr__(self, field.name, value)
 
-    def conflicts(self, broken: Collection[str]) -> Iterator[str]:
-        """Rules between fields that are broken, a text each that begins with the name of a field.
-
-        Args:
-            broken: names of the fields that break a rule of their own.
-        """
+    @staticmethod
+    def conflicts(values: dict[str, Any]) -> Iterator[str]:
+        """What is wrong between fields; `values` holds those that are right each by itself."""
         yield from ()
 
     @classmethod
@@ -89,20 +74,37 @@ class Settings:
         """Build from plain values, as JSON and YAML hold them; a section is a dict in a dict.
 
         Raises:
-            SettingsError: also for a missing key, and for an unknown one, naming the nearest known one of any section.
+            ValueError: also for a missing key, and for an unknown one, with the nearest of its section, else of any.
         """
-        problems = list(_unknown_keys(values, list(_dotted_names(cls))))
-        try:
-            built = _build(cls, values)
-        except SettingsError as error:
-            problems += error.problems
-        if problems:
-            raise SettingsError(cls.__name__, problems)
-        return built
+        if not isinstance(values, dict):
+            raise ValueError(f"{values!r} must be {_describe(cls, ())}")
+        _refuse(cls, [*_unknown_keys(values, list(_dotted_names(cls))), *_broken_rules(cls, values)])
+        return cls(**{field.name: values.get(field.name, field.default()) for field in _fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON and YAML."""
         return dataclasses.asdict(self, dict_factory=_plain)  # type: ignore[call-overload]
+
+
+def _refuse(cls: type, problems: Iterable[str]) -> None:
+    if found := list(problems):
+        raise ValueError(f"{cls.__name__}: " + "; ".join(found))
+
+
+def _broken_rules(cls: Any, values: dict[str, Any]) -> Iterator[str]:
+    right = {}
+    for field in _fields(cls):
+        value = values.get(field.name, field.default())
+        if field.section and isinstance(value, dict):
+            broken = [f"{field.name}.{problem}" for problem in _broken_rules(field.section, value)]
+        elif value is dataclasses.MISSING:
+            broken = [f"{field.name} is missing"]
+        else:
+            broken = [] if _fits(value, field.kind, field.rules) else [field.problem(value)]
+        yield from broken
+        if not broken:
+            right[field.name] = value
+    yield from cls.conflicts(right)
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,51 +116,27 @@ class _Field:
     name: str
     kind: Any
     rules: tuple[Rule, ...]
-    required: bool
+    default: Callable[[], Any]
+    """Without a default, {} for a section, whose own fields are then missing, else MISSING."""
     section: Any
     """The class of settings that a section holds; None for a plain field."""
 
-    def problem(self, value: Any) -> str | None:
-        if _fits(value, self.kind, self.rules):
-            return None
+    def problem(self, value: Any) -> str:
         return f"{self.name} ({value!r}) must be {_describe(self.kind, self.rules)}{_nearest_choice(value, self.kind)}"
 
 
-def _fields(cls: Any) -> list[_Field]:
-    fields, hints = [], get_type_hints(cls, include_extras=True)
+def _fields(cls: Any) -> Iterator[_Field]:
+    hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         rules = tuple(extra for extra in extras if isinstance(extra, Rule))
-        required = field.default is field.default_factory is dataclasses.MISSING
         section = next((each for each in _alternatives(kind) if _is_section(each)), None)
-        fields.append(_Field(field.name, kind, rules, required, section))
-    return fields
-
-
-def _build(cls: Any, values: Any) -> Any:
-    """An instance; unknown keys are passed over. A SettingsError names every problem by its dotted key."""
-    if not isinstance(values, dict):
-        raise SettingsError(cls.__name__, [f"({values!r}) must be {_describe(cls, ())}"])
-    built, problems = {}, []
-    for field in _fields(cls):
-        if field.name not in values and not field.required:
-            continue
-        value = values.get(field.name, {})
-        if field.section and isinstance(value, dict):
-            try:
-                built[field.name] = _build(field.section, value)
-            except SettingsError as error:
-                problems += [f"{field.name}.{problem}" for problem in error.problems]
-        elif field.name not in values:
-            problems.append(f"{field.name} is missing")
-        elif problem := field.problem(value):
-            problems.append(problem)
-        else:
-            built[field.name] = value
-    if problems:
-        raise SettingsError(cls.__name__, problems)
-    return cls(**built)
+        default = field.default_factory
+        if default is dataclasses.MISSING:
+            required = field.default is dataclasses.MISSING
+            default = dict if required and section else lambda value=field.default: value
+        yield _Field(field.name, kind, rules, default, section)
 
 
 def _dotted_names(cls: Any, path: str = "") -> Iterator[str]:

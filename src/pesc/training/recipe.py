@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 
 from pesc.config import PescConfig
-from pesc.rules import Settings, SettingsError, above, at_least, below
+from pesc.rules import Settings, above, at_least, below
 
 Scheduler = Literal[
     "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
@@ -106,8 +106,9 @@ class Recipe(Settings):
     training: TrainingSettings = field(default_factory=TrainingSettings)
     output: OutputSettings
 
-    def conflicts(self, broken: Collection[str]) -> Iterator[str]:
-        if self.pesc is None and self.lora is None:
+    @staticmethod
+    def conflicts(values: dict[str, Any]) -> Iterator[str]:
+        if values.get("pesc", ...) is values.get("lora", ...) is None:
             yield "pesc and lora are both null, so nothing would train"
 
     def save(self, path: Path) -> None:
@@ -140,8 +141,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.from_dict(values)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from error
-    except SettingsError as error:
-        raise ValueError(f"{path}: {'; '.join(error.problems)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class _Loader(yaml.SafeLoader):
