@@ -14,6 +14,7 @@ from pesc.config import PescConfig
 
 if TYPE_CHECKING:
     from pesc.crafting.adapter import save_adapter
+    from pesc.crafting.backbone import set_router_loss_scale
     from pesc.crafting.craft import craft
     from pesc.crafting.craft_checkpoint import craft_checkpoint
     from pesc.crafting.load import load, load_tokenizer
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "save_adapter",
+    "set_router_loss_scale",
     "train",
 ]
 
@@ -45,6 +47,7 @@ _HOMES = {
     "load": "pesc.crafting.load",
     "load_tokenizer": "pesc.crafting.load",
     "save_adapter": "pesc.crafting.adapter",
+    "set_router_loss_scale": "pesc.crafting.backbone",
     "train": "pesc.training.train",
 }
 

@@ -1,4 +1,4 @@
-"""Registers the model type "pesc" with transformers, without loading transformers.
+"""Registers with transformers what crafted models need, without loading transformers.
 
 Loading transformers' registry takes two seconds, mostly for torch; a command that only prints its help should not
 wait for it.
@@ -6,6 +6,7 @@ wait for it.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -14,32 +15,34 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-_REGISTRY = "transformers.models.auto.configuration_auto"
+# A module of transformers, and the module of ours whose `register` runs right after it has loaded.
+_AFTER = {
+    "transformers.models.auto.configuration_auto": "pesc.crafting.configuration",
+    "transformers.trainer": "pesc.training.router_loss",
+}
 
 
 def register_when_transformers_loads() -> None:
-    """Register now if transformers' registry is loaded, else right after it will have been."""
-    if _REGISTRY in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _RegistryFinder())
+    """Register now what transformers has loaded a home for, and the rest right after that home loads."""
+    for name in _AFTER:
+        if name in sys.modules:
+            _register(name)
+    sys.meta_path.insert(0, _Finder())
 
 
-def _register() -> None:
-    from pesc.crafting.configuration import register
-
-    register()
+def _register(name: str) -> None:
+    importlib.import_module(_AFTER[name]).register()
 
 
-class _RegistryFinder(importlib.abc.MetaPathFinder):
-    """Finds transformers' registry as usual and adds a step after its execution; passes on everything else."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds those modules as usual and adds a step after their execution; passes on everything else."""
 
     searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _REGISTRY or self.searching:
+        if fullname not in _AFTER or self.searching:
             return None
         self.searching = True
         try:
@@ -47,15 +50,15 @@ class _RegistryFinder(importlib.abc.MetaPathFinder):
         finally:
             self.searching = False
         if spec is not None and spec.loader is not None:
-            _register_after(spec.loader)
+            _register_after(spec.loader, fullname)
         return spec
 
 
-def _register_after(loader: Any) -> None:
+def _register_after(loader: Any, name: str) -> None:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
-        _register()
+        _register(name)
 
     loader.exec_module = exec_module

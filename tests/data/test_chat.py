@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import tiny_tokenizer
-from pesc.data.chat import IGNORED, encode_examples, encode_messages
+from pesc.data.chat import IGNORE_INDEX, encode_examples, encode_messages
 from pesc.data.formats import read_examples
 
 TURNS = [
@@ -24,9 +24,9 @@ def test_every_assistant_turn_is_trained_on_with_its_end() -> None:
     tokenizer = tiny_tokenizer()
     [(input_ids, labels)] = encode_messages(TURNS, tokenizer)
     assert tokenizer.decode(input_ids) == tokenizer.apply_chat_template(TURNS, tokenize=False)
-    trained = tokenizer.decode([label for label in labels if label != IGNORED])
+    trained = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
     assert trained == "yes<|im_end|>no, été<|im_end|>"
-    assert all(label in (IGNORED, token) for token, label in zip(input_ids, labels, strict=True))
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(input_ids, labels, strict=True))
 
 
 def test_truncated_and_dropped_examples_are_counted() -> None:
@@ -54,7 +54,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer
     assert [tokenizer.decode(ids) for ids, _ in pairs] == [
         tokenizer.apply_chat_template(TURNS[:end], tokenize=False) for end in (3, 5)
     ]
-    trained = [tokenizer.decode([label for label in labels if label != IGNORED]) for _, labels in pairs]
+    trained = [tokenizer.decode([label for label in labels if label != IGNORE_INDEX]) for _, labels in pairs]
     assert trained == ["<think></think>yes<|im_end|>", "<think></think>no, été<|im_end|>"]
     encoded = encode_examples([{"messages": TURNS}, {"messages": TURNS[1:3]}], tokenizer, max_length=1000)
     assert (len(encoded.examples), encoded.split) == (3, 1)

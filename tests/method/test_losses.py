@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from pesc.method.losses import balance_loss, router_losses, token_mask, z_loss
 
@@ -93,4 +94,25 @@ def test_token_mask_takes_the_new_tokens_of_a_cached_pass() -> None:
     assert token_mask(attention_mask, 4).tolist() == [True, True, True, False]
     assert token_mask(attention_mask, 8).tolist() == [False, True, True, True, True, True, True, False]
     assert token_mask(None, 8) is None
-    assert token_mask(torch.zeros(2, 1, 4, 4), 8) is None
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_token_mask_of_four_dimensions_takes_what_attends_to_itself(heads: int) -> None:
+    real_BS = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]).bool()
+    seen = (torch.ones(4, 4).tril().bool() & real_BS[:, None])[:, None].expand(-1, heads, -1, -1)
+    for dtype in (torch.float32, torch.bfloat16):
+        for low in (torch.finfo(dtype).min, float("-inf")):
+            added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, low)
+            assert torch.equal(token_mask(added, 8), real_BS.flatten())
+            assert torch.equal(token_mask(added[:, :, 2:], 4), real_BS[:, 2:].flatten())
+    assert torch.equal(token_mask(seen, 8), real_BS.flatten())
+    assert torch.equal(token_mask({"full_attention": seen, "sliding_attention": None}, 8), real_BS.flatten())
+    assert token_mask(torch.zeros(1, 1, 4, 4), 8).tolist() == [True] * 8
+
+
+def test_token_mask_of_another_form_is_refused() -> None:
+    block = create_block_mask(lambda batch, head, query, key: query >= key, 1, None, 8, 8, device="cpu")
+    with pytest.raises(ValueError, match=r"attention_mask \(BlockMask \[1, 1, 8, 8\]\) must be a tensor of 2 or 4"):
+        token_mask(block, 8)
+    with pytest.raises(ValueError, match=r"attention_mask \(Tensor \[8\]\) must be a tensor of 2 or 4"):
+        token_mask(torch.ones(8), 8)

@@ -1,11 +1,11 @@
-"""Routing statistics: counts that add up, a balance that means what it says."""
+"""Routing statistics: counts that add up, a load entropy that means what it says."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pesc.method.routing import balance, expert_counts
+from pesc.method.routing import expert_counts, load_entropy
 
 
 def test_counts_add_up_and_skip_padding() -> None:
@@ -20,9 +20,9 @@ def test_unused_experts_count_zero() -> None:
     assert expert_counts(logits, 2).tolist() == [4, 4, 0, 0]
 
 
-def test_balance_is_one_when_even_and_zero_when_collapsed() -> None:
-    assert balance([torch.full((8,), 5)]) == pytest.approx(1.0)
-    assert balance([torch.tensor([9, 0, 0, 0])]) == pytest.approx(0.0)
-    half = balance([torch.tensor([5, 5, 0, 0])])
+def test_load_entropy_is_one_when_even_and_zero_when_collapsed() -> None:
+    assert load_entropy([torch.full((8,), 5)]) == pytest.approx(1.0)
+    assert load_entropy([torch.tensor([9, 0, 0, 0])]) == pytest.approx(0.0)
+    half = load_entropy([torch.tensor([5, 5, 0, 0])])
     assert half == pytest.approx(0.5)
-    assert balance([torch.full((8,), 5), torch.tensor([9, 0, 0, 0])]) == pytest.approx(0.5)
+    assert load_entropy([torch.full((8,), 5), torch.tensor([9, 0, 0, 0])]) == pytest.approx(0.5)

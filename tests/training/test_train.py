@@ -80,7 +80,7 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 31))
     assert sum(line["loss"] for line in lines[-5:]) < 0.8 * sum(line["loss"] for line in lines[:5])
-    assert all(0 < line["balance"] <= 1 and line["aux_loss"] >= 3.5 for line in lines)
+    assert all(0 < line["load_entropy"] <= 1 and line["aux_loss"] >= 3.5 for line in lines)
     assert lines[-1]["tokens"] > lines[0]["tokens"] > 0
     assert describe(adapter).untouched == []
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -124,7 +124,7 @@ def test_every_way_to_train_runs(tmp_path: Path, console: Console, changes: dict
     train(recipe, console)
     lines = metrics(tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
-    assert ("balance" in lines[0]) == (recipe.pesc is not None)
+    assert ("load_entropy" in lines[0]) == (recipe.pesc is not None)
     assert load(recipe.output.folder)(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 

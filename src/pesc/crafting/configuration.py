@@ -7,7 +7,6 @@ folder. This module loads while transformers' registry does, so it imports the r
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, ClassVar
 
@@ -30,8 +29,9 @@ def register() -> None:
 class PescModelConfig(PreTrainedConfig):
     """What a crafted model's config has beyond its dense family's fields.
 
-    `config.pesc` is the method's `PescConfig`; `num_experts`, `num_experts_per_tok` and `router_aux_loss_coef` read
-    from it under the names that transformers and trl look for.
+    `config.pesc` is the method's `PescConfig`; `num_experts` and `num_experts_per_tok` read from it under the names
+    that other libraries look for. There is no `output_router_logits`: with it, trl would add a balance loss of
+    its own to the one that the model brings.
     """
 
     model_type = MODEL_TYPE
@@ -39,7 +39,6 @@ class PescModelConfig(PreTrainedConfig):
     auto_map: ClassVar[dict[str, str]] = {}
     base_model_type: str | None = None
     pesc: PescConfig | dict[str, Any] | None = None
-    output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.pesc, PescConfig):
@@ -90,15 +89,6 @@ class PescModelConfig(PreTrainedConfig):
     @num_experts_per_tok.setter
     def num_experts_per_tok(self, value: object) -> None:
         _refuse_value("num_experts_per_tok", value)
-
-    @property
-    def router_aux_loss_coef(self) -> float:
-        """Weight of the balance loss; trl sets it."""
-        return self.method.router_aux_loss_coef
-
-    @router_aux_loss_coef.setter
-    def router_aux_loss_coef(self, value: float) -> None:
-        self.pesc = dataclasses.replace(self.method, router_aux_loss_coef=value)
 
 
 @functools.cache

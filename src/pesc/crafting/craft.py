@@ -9,9 +9,10 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from pesc.config import PescConfig
+from pesc.crafting.backbone import PescBackbone
 from pesc.crafting.configuration import crafted_config
 from pesc.crafting.families import find_ffns, refuse_moe
-from pesc.crafting.modeling import PescBackbone, PescForCausalLM
+from pesc.crafting.modeling import PescForCausalLM
 from pesc.crafting.surgery import add_experts
 from pesc.method.extend import extend_class
 
@@ -59,13 +60,6 @@ def _refuse_what_cannot_be_crafted(model: Any, config: PescConfig) -> None:
     offloaded = [name for name, ffn in ffns if any(p.is_meta for p in ffn.parameters())]
     if offloaded and not all(p.is_meta for p in model.parameters()):
         raise ValueError(f"{offloaded[0]} is offloaded: craft the checkpoint (pesc craft) and load that instead")
-    for module in model.modules():
-        settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        if getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"):
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True is on, which would cut the router's losses off from "
-                "the router: switch it off, or use use_reentrant=False"
-            )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Crafted models as transformers classes: a backbone and a causal LM for every dense family.
+"""Crafted models as transformers classes: a causal LM for every dense family.
 
-They extend the dense family's own classes, whatever it is, so a crafted model keeps the dense names, attention, cache
+It extends the dense family's own class, whatever it is, so a crafted model keeps the dense names, attention, cache
 and parallel plans.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,21 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from pesc.crafting.surgery import add_experts, crafted_ffns
+from pesc.crafting.backbone import PescBackbone, argument, argument_names, default, detached
+from pesc.crafting.surgery import add_experts
 from pesc.method.backends import AUTO
 from pesc.method.extend import Extension, extend_class
-from pesc.method.losses import router_losses
-from pesc.method.routing import record_router_logits
+from pesc.method.losses import carry_loss
 from pesc.storage.compare import TensorDifferences
 
-
-class PescBackbone(Extension, PreTrainedModel):
-    """Extends a dense backbone: its output carries `router_logits` when they are asked for."""
-
-    prefix = "Pesc"
-
-    def forward(self, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
-        """The dense forward; `router_logits` is a tuple with a [T, E] fp32 tensor for each crafted layer."""
-        if not _default(output_router_logits, self.config.output_router_logits):
-            return super().forward(*args, **kwargs)
-        with record_router_logits(self) as router_logits:
-            outputs = super().forward(*args, **kwargs)
-        outputs["router_logits"] = tuple(router_logits)
-        return outputs
+_OUTPUTS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
 
 
 class PescForCausalLM(Extension, PreTrainedModel):
     """Extends a dense causal LM whose FFNs have experts.
 
-    Saved with `save_pretrained`, loaded with `from_pretrained` or the Auto classes. In training, the loss includes
-    the router's losses, weighted as the config says.
+    Saved with `save_pretrained`, loaded with `from_pretrained` or the Auto classes. `outputs.loss` is the language
+    model's; in training its gradient includes that of the router's losses, weighted as the config says.
     """
 
     prefix = "Pesc"
@@ -102,35 +89,6 @@ class PescForCausalLM(Extension, PreTrainedModel):
         """No: every dense module is transformers' own, and is initialised and renamed by its rules."""
         return False
 
-    def router_loss(
-        self, router_logits: Sequence[torch.Tensor], attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The router's losses for one batch.
-
-        Args:
-            router_logits: a [T, E] tensor for each crafted layer, as `record_router_logits` collects them.
-            attention_mask: [B, S], 1 for real tokens.
-
-        Returns:
-            (balance loss summed over layers, without its weight; what is added to the loss, weights included).
-        """
-        method = self.config.method
-        top_k = [ffn.router.num_experts_per_tok for _, ffn in crafted_ffns(self)]
-        balance, z = router_losses(
-            router_logits=router_logits, num_experts_per_tok=top_k, attention_mask=attention_mask
-        )
-        return balance, method.router_aux_loss_coef * balance + method.router_z_loss_coef * z
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        # Both public ways to switch checkpointing on, the newer one and the deprecated one, end here.
-        settings = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
-        if enable and settings.get("use_reentrant"):
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True cuts the router's losses off from the router: "
-                "use use_reentrant=False"
-            )
-        super()._set_gradient_checkpointing(enable, **kwargs)
-
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The backend for a requested name; by default `auto_experts_forward` chooses."""
         return super().get_correct_experts_implementation(requested_experts or AUTO)
@@ -143,57 +101,60 @@ class PescForCausalLM(Extension, PreTrainedModel):
 def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
     """A crafted model's forward around its dense family's, with that one's signature and documentation.
 
-    The result takes `output_router_logits` (the config's by default). The output is a `MoeCausalLMOutputWithPast`:
-    `aux_loss`, the balance loss summed over layers without its weight, and `router_logits`. The loss includes the
-    router's losses, weighted, in training and whenever router logits are asked for.
+    It also takes `output_router_logits`. The output is then a `MoeCausalLMOutputWithPast`: `aux_loss`, the balance
+    loss summed over layers without its weight, and `router_logits`, a [T, E] fp32 tensor for each crafted layer.
+    Both are there to be looked at and carry no gradient. `loss` is the language model's alone.
     """
-    signature = inspect.signature(dense_forward)
-    extra = inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
-    named = [p for p in signature.parameters.values() if p.name != extra.name]
-    catch_all = [p for p in named if p.kind is inspect.Parameter.VAR_KEYWORD]
+    names = argument_names(dense_forward)
 
     @functools.wraps(dense_forward)
     def forward(self: Any, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
-        show = _default(output_router_logits, self.config.output_router_logits)
-        given = signature.bind(self, *args, **kwargs).arguments
-        labels = given.get("labels")
-        if not show and not (self.training and labels is not None):
+        trains = self.training and torch.is_grad_enabled()
+        if not (trains or output_router_logits):
             return dense_forward(self, *args, **kwargs)
-        return_dict = _default(kwargs.pop("return_dict", None), self.config.return_dict)
-        with record_router_logits(self) as router_logits:
+        if trains:
+            _refuse_unknown_scale(self, argument("labels", names, args, kwargs), kwargs.get("num_items_in_batch"))
+        return_dict = kwargs.pop("return_dict", None)
+        with self.base_model.watched() as passes:
             outputs = dense_forward(self, *args, return_dict=True, **kwargs)
-        aux_loss, weighted = self.router_loss(router_logits, given.get("attention_mask"))
-        loss = outputs.loss
-        if loss is not None:
-            num_items = kwargs.get("num_items_in_batch")
-            loss = loss + (weighted * _share_of_batch(labels, num_items)).to(loss.device)
-        outputs = MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=tuple(router_logits) if show else None,
-        )
-        return outputs if return_dict else outputs.to_tuple()
+        (routing,) = passes
+        if trains and outputs.loss is not None and kwargs.get("num_items_in_batch") is None:
+            outputs.loss = _follow_loss(outputs.loss, routing.loss, self.base_model.loss_scale())
+        if output_router_logits:
+            outputs = MoeCausalLMOutputWithPast(
+                **{name: outputs.get(name) for name in _OUTPUTS},
+                aux_loss=routing.aux_loss.detach(),
+                router_logits=detached(routing.router_logits),
+            )
+        return outputs if default(return_dict, self.config.return_dict) else outputs.to_tuple()
 
-    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*(p for p in named if p not in catch_all), extra, *catch_all]
-    )
+    forward.__signature__ = _with_output_router_logits(inspect.signature(dense_forward))  # type: ignore[attr-defined]
     return forward
 
 
-def _share_of_batch(labels: Any, num_items: torch.Tensor | int | None) -> torch.Tensor | float:
-    # The trainer accumulates gradients over micro-batches whose losses are sums divided by the items of all of them;
-    # router losses are means, so each micro-batch must bring its own share for the shares to sum to 1.
-    if num_items is None:
-        return 1.0
-    return (labels[..., 1:] != -100).sum() / torch.as_tensor(num_items, device=labels.device)
+def _follow_loss(loss: torch.Tensor, router_loss: torch.Tensor, scale: float) -> torch.Tensor:
+    # The caller may divide the model's loss, or multiply it, and the router's losses must come out at the same scale.
+    # So this loss brings them at its own, and takes back what the backbone adds at the scale it knows of.
+    value = router_loss.to(loss.device)
+    return carry_loss(loss + (value - value.detach()), router_loss, -scale)
 
 
-def _default(value: bool | None, fallback: bool) -> bool:
-    return fallback if value is None else value
+def _refuse_unknown_scale(model: Any, labels: Any, num_items: Any) -> None:
+    device = model.device.type
+    scaled = labels is None and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    if model.base_model.router_loss_scale is None and (scaled or num_items is not None):
+        cause = "float16 autocast without labels" if scaled else "num_items_in_batch"
+        raise ValueError(
+            f"{cause} hides how the loss is scaled, so the router's losses cannot be scaled the same way: call "
+            "pesc.set_router_loss_scale(model, scale), with 1 / micro-batches of a step times the scale of a GradScaler"
+        )
+
+
+def _with_output_router_logits(signature: inspect.Signature) -> inspect.Signature:
+    extra = inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
+    named = [p for p in signature.parameters.values() if p.name != extra.name]
+    catch_all = [p for p in named if p.kind is inspect.Parameter.VAR_KEYWORD]
+    return signature.replace(parameters=[*(p for p in named if p not in catch_all), extra, *catch_all])
 
 
 def loading_differences(info: Any) -> TensorDifferences:

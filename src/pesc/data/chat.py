@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a token that is not trained on."""
 
 
@@ -17,7 +17,7 @@ class Encoded:
     """Tokenized examples, and what became of those that did not fit."""
 
     examples: list[dict[str, list[int]]]
-    """`input_ids` and `labels` of each, of equal length; a token that is not trained on has the label `IGNORED`."""
+    """`input_ids` and `labels` of each, of equal length; a token that is not trained on has the label `IGNORE_INDEX`."""
     split: int
     """Conversations that became an example for each assistant turn, as the chat template rewrites earlier turns."""
     truncated: int
@@ -45,7 +45,7 @@ def encode_examples(
         encoded.split += len(pairs) > 1
         for input_ids, labels in pairs:
             encoded.truncated += len(input_ids) > max_length
-            if all(label == IGNORED for label in labels[1:max_length]):
+            if all(label == IGNORE_INDEX for label in labels[1:max_length]):
                 encoded.dropped += 1
             else:
                 encoded.examples.append({"input_ids": input_ids[:max_length], "labels": labels[:max_length]})
@@ -88,7 +88,7 @@ def encode_messages(
 def _label(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
-        token if any(start <= first < end for start, end in spans) else IGNORED
+        token if any(start <= first < end for start, end in spans) else IGNORE_INDEX
         for token, (first, _) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
     ]
     return list(tokens["input_ids"]), labels

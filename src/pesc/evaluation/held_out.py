@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.crafting.surgery import crafted_ffns
-from pesc.data.chat import IGNORED, encode_messages
+from pesc.data.chat import IGNORE_INDEX, encode_messages
 from pesc.method.losses import token_mask
 from pesc.method.routing import expert_counts, record_router_logits
 from pesc.training.loss import summed_loss
@@ -80,9 +80,10 @@ def score_rows(
         chosen = order[start : start + batch_size]
         input_ids, labels, mask = _pad([encoded[i] for i in chosen], max_length, tokenizer.pad_token_id)
         with record_router_logits(model) as router_logits:
-            nll = summed_loss(model, input_ids.to(model.device), mask.to(model.device), labels.to(model.device))
+            batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+            nll = summed_loss(model, **{name: tensor.to(model.device) for name, tensor in batch.items()})
         for i, row_nll, row_labels in zip(chosen, nll.tolist(), labels, strict=True):
-            scores[i] = RowScore(domains[i], row_nll, int((row_labels[1:] != IGNORED).sum()))
+            scores[i] = RowScore(domains[i], row_nll, int((row_labels[1:] != IGNORE_INDEX).sum()))
         _count_experts(model, router_logits, mask, [domains[i] for i in chosen], counts)
         on_batch(start + len(chosen))
     return Scores([score for score in scores if score is not None], counts)
@@ -122,7 +123,7 @@ def _pad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width = min(max_length, max(len(ids) for ids, _ in rows))
     input_ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORED)
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, (ids, row_labels) in enumerate(rows):
         length = min(width, len(ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -44,34 +45,51 @@ def z_loss(*, router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> 
     return _mean(router_logits.float().logsumexp(dim=-1, keepdim=True) ** 2, mask).sum()
 
 
-def token_mask(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+def token_mask(attention_mask: Any, num_tokens: int) -> torch.Tensor | None:
     """The mask of the tokens that a forward pass saw, flattened like the router's logits.
 
     Args:
-        attention_mask: [B, S] with 1 for real tokens; S may include cached tokens before the new ones.
+        attention_mask: None; [B, S] with 1 for real tokens; [B, heads or 1, Q, S], bool or added to the attention
+            scores; or a dict of masks by kind of layer. S may include cached tokens before the new ones.
         num_tokens: T, the tokens of this pass.
 
     Returns:
-        [T] bool, or None where every token counts (no mask, or one of another form, such as packed 4-D masks).
+        [T] bool, or None if every token counts. In a 4-D mask a token counts if it may attend to itself.
+
+    Raises:
+        ValueError: for a mask of another form.
     """
-    if attention_mask is None or attention_mask.dim() != 2:
+    if isinstance(attention_mask, dict):
+        # The masks of a model's kinds of attention differ in reach; the tokens that are padding are the same.
+        attention_mask = next(iter(attention_mask.values()))
+    if attention_mask is None:
         return None
-    seq_len = num_tokens // attention_mask.shape[0]
-    return attention_mask[:, -seq_len:].reshape(-1).bool()
+    shape = tuple(getattr(attention_mask, "shape", ()))
+    if isinstance(attention_mask, torch.Tensor) and len(shape) == 2:
+        return attention_mask[:, -(num_tokens // shape[0]) :].reshape(-1).bool()
+    if isinstance(attention_mask, torch.Tensor) and len(shape) == 4:
+        itself_BQ = attention_mask[:, 0].diagonal(offset=shape[3] - shape[2], dim1=-2, dim2=-1)
+        if itself_BQ.is_floating_point():
+            itself_BQ = itself_BQ > torch.finfo(itself_BQ.dtype).min / 2
+        return itself_BQ.bool().expand(num_tokens // shape[2], -1).reshape(-1)
+    raise ValueError(
+        f"attention_mask ({type(attention_mask).__name__} {list(shape)}) must be a tensor of 2 or 4 "
+        "dimensions: the balance loss leaves padding out, and cannot see it in another form"
+    )
 
 
 def router_losses(
     *,
     router_logits: Sequence[torch.Tensor],
     num_experts_per_tok: Sequence[int],
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Balance and z-loss of a whole model: the sums over its crafted layers, without their weights.
 
     Args:
         router_logits: a [T, E] tensor for each layer.
         num_experts_per_tok: K of each layer.
-        attention_mask: [B, S], as the model gets it.
+        attention_mask: as the model gets it; see `token_mask`.
 
     Returns:
         (balance, z), two fp32 scalars on the first layer's device.
@@ -86,6 +104,34 @@ def router_losses(
         balance = balance + layer_balance.to(device)
         z = z + z_loss(router_logits=logits, mask=layer_mask).to(device)
     return balance, z
+
+
+def carry_loss(tensor: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
+    """Put a loss on board of a tensor: a backward pass through the result also adds the loss's gradient.
+
+    The values stay the tensor's, whatever is computed from them. Megatron-LM's MoEAuxLossAutoScaler and DeepSeek's
+    AddAuxiliaryLoss work the same way.
+
+    Args:
+        tensor: of any shape.
+        loss: a scalar.
+        scale: what the loss's gradient is multiplied by.
+
+    Returns:
+        The tensor, with another gradient function.
+    """
+    return _CarryLoss.apply(tensor, loss, scale)
+
+
+class _CarryLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, loss: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.loss_gradient = torch.full_like(loss, scale)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return gradients[0], ctx.loss_gradient, None
 
 
 def _mean(values_TX: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:

@@ -19,6 +19,9 @@ class Router(nn.Module):
     Not an `nn.Linear`, so that quantizers and LoRA leave it alone.
     """
 
+    recorded: list[torch.Tensor] | None = None
+    """Logits of the forward passes in a block of `record_router_logits`. (A compiled model may leave a hook out.)"""
+
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -43,6 +46,8 @@ class Router(nn.Module):
         """
         with without_onednn(hidden_states, up_to=FEW_TOKENS):
             logits_TE = F.linear(hidden_states, self.weight).float()
+        if self.recorded is not None:
+            self.recorded.append(logits_TE)
         top_logits_TK, index_TK = torch.topk(logits_TE, self.num_experts_per_tok, dim=-1)
         weights_TK = top_logits_TK.softmax(dim=-1).to(hidden_states.dtype)
         return logits_TE, weights_TK, index_TK

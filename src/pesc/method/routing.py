@@ -1,9 +1,11 @@
-"""What the routers do: how many tokens each expert gets."""
+"""What the routers did: their logits, and how many tokens each expert got."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -11,25 +13,51 @@ from torch import nn
 from pesc.method.router import Router
 
 
+@dataclass(frozen=True)
+class Routing:
+    """What the routers of a model did in one forward pass; lists hold a value for each crafted layer, in order."""
+
+    router_logits: list[torch.Tensor]
+    """[T, E] fp32 each, with their autograd graph."""
+    num_experts_per_tok: list[int]
+    """K of each layer."""
+    mask: torch.Tensor | None
+    """[T] bool, true for tokens that count; None if all do."""
+    aux_loss: torch.Tensor
+    """The balance loss (eq. 10) summed over layers, without its weight: a scalar, fp32."""
+    loss: torch.Tensor
+    """What the pass adds to the gradient: balance and z-loss with their weights, a scalar, fp32."""
+
+    def counts(self) -> list[torch.Tensor]:
+        """How many tokens chose each expert: an [E] int64 tensor on the CPU for each layer."""
+        return [
+            expert_counts(logits.detach(), top_k, self.mask)
+            for logits, top_k in zip(self.router_logits, self.num_experts_per_tok, strict=True)
+        ]
+
+
 @contextmanager
 def record_router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the router logits of every forward pass run inside the block.
+    """Collect the router logits of every forward pass that runs inside the block.
 
     Yields:
-        A list that grows by one [T, E] fp32 tensor for each crafted layer passed, in order. The tensors keep their
-        autograd graph.
+        A list that is filled when the block ends: a [T, E] fp32 tensor for each crafted layer of each pass, in order.
+        The tensors keep their autograd graph.
     """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    outer = [router.recorded for router in routers]
+    for router in routers:
+        router.recorded = []
     recorded: list[torch.Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output: recorded.append(output[0]))
-        for module in model.modules()
-        if isinstance(module, Router)
-    ]
     try:
         yield recorded
+        passes = zip_longest(*(router.recorded or [] for router in routers))
+        recorded.extend(logits for one_pass in passes for logits in one_pass if logits is not None)
     finally:
-        for handle in handles:
-            handle.remove()
+        for router, before in zip(routers, outer, strict=True):
+            if before is not None:
+                before.extend(router.recorded or [])
+            router.recorded = before
 
 
 def expert_counts(
@@ -51,7 +79,7 @@ def expert_counts(
     return torch.bincount(index_TK.flatten(), minlength=router_logits.shape[-1]).cpu()
 
 
-def balance(counts: Sequence[torch.Tensor]) -> float:
+def load_entropy(counts: Sequence[torch.Tensor]) -> float:
     """How evenly the experts are used: the entropy of their shares over its maximum, a mean over layers.
 
     Args:

@@ -21,7 +21,7 @@ class MetricsWriter(TrainerCallback):
 
     A line holds: step; loss (of the language model alone); learning_rate; grad_norm; tokens (seen so far);
     tokens_per_second; elapsed (seconds, over interruptions); and for crafted models aux_loss (eq. 10 summed over
-    layers, without its weight) and balance (see `pesc.method.routing.balance`).
+    layers, without its weight) and load_entropy (see `pesc.method.routing.load_entropy`).
     """
 
     def __init__(self, path: Path, console: Console, label: str) -> None:
@@ -60,8 +60,8 @@ class MetricsWriter(TrainerCallback):
             stream.write(json.dumps(line) + "\n")
         self.last = line
         status = f"loss {line['loss']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
-        if "balance" in line:
-            status += f"  balance {line['balance']:.3f}"
+        if "load_entropy" in line:
+            status += f"  load entropy {line['load_entropy']:.3f}"
         self.progress.update(state.global_step, status)
 
     def summary(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class MetricsWriter(TrainerCallback):
         tokens = self.tokens_before + int(logs["num_tokens"])
         line = {
             "step": step,
-            "loss": float(logs["loss"]) - float(logs.get("router_loss", 0.0)),
+            "loss": float(logs["loss"]),
             "learning_rate": float(logs["learning_rate"]),
             "grad_norm": float(logs["grad_norm"]),
             "tokens": tokens,
@@ -87,7 +87,7 @@ class MetricsWriter(TrainerCallback):
             "elapsed": elapsed,
         }
         self.step_start = now
-        return line | {key: float(logs[key]) for key in ("aux_loss", "balance") if key in logs}
+        return line | {key: float(logs[key]) for key in ("aux_loss", "load_entropy") if key in logs}
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []

@@ -1,4 +1,4 @@
-"""trl's SFTTrainer for crafted models: the router's losses per layer, and adapter folders as checkpoints."""
+"""What tuning adds to trl's trainers: parts that any of them can take, and the SFT trainer of `pesc train`."""
 
 from __future__ import annotations
 
@@ -7,48 +7,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerState
+from transformers import Trainer, TrainerState
 from trl import SFTTrainer
 
 from pesc.crafting.adapter import load_adapter_weights, save_adapter
-from pesc.crafting.surgery import crafted_ffns
-from pesc.data.chat import IGNORED
+from pesc.crafting.backbone import watch_routing
+from pesc.data.chat import IGNORE_INDEX
 from pesc.machine.allocator import release_where_scarce
-from pesc.method.losses import token_mask
-from pesc.method.routing import balance, expert_counts, record_router_logits
+from pesc.method.routing import Routing, load_entropy
 from pesc.training.loss import summed_loss
 from pesc.training.sampler import LengthGroupedSampler
 
 
-class PescTrainer(SFTTrainer):
-    """Trains crafted models, and dense ones with LoRA, the same way.
+class RoutingMetrics(Trainer):
+    """Logs what the routers did: `aux_loss` and `load_entropy`, means over micro-batches and processes."""
 
-    trl's own auxiliary loss merges the tokens of all layers into one; this one keeps eq. 10 per layer.
-    """
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; the router's losses reach the gradient inside the model."""
+        with watch_routing(self.model) as passes:
+            loss = super().compute_loss(*args, **kwargs)
+        for routing in passes:
+            if routing.loss.requires_grad:  # not that of an evaluation, or of DPO's reference
+                self._record(routing)
+        return loss
 
-    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
-        self.aux_loss_enabled = False
-        self.tokens_seen = 0
-        if crafted_ffns(model):
-            model.config.output_router_logits = False
+    def _record(self, routing: Routing) -> None:
+        values = torch.tensor([[routing.aux_loss.item(), load_entropy(routing.counts())]], device=self.args.device)
+        for name, value in zip(("aux_loss", "load_entropy"), self.accelerator.gather(values).mean(dim=0), strict=True):
+            self._metrics["train"][name].append(value.item())
+
+
+class AdapterCheckpoints(Trainer):
+    """Checkpoints hold the adapter folder: neither the base, nor anything pickled of the model."""
 
     def is_finished_at(self, checkpoint: str) -> bool:
         """Whether a checkpoint is that of the last step."""
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         return state.global_step >= state.max_steps
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
-        return LengthGroupedSampler(
-            lengths, self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
-        )
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        save_adapter(self.model, Path(output_dir or self.args.output_dir) / "adapter")
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The trainer's, after which memory that is kept may not crowd out the machine."""
-        loss = super().training_step(*args, **kwargs)
-        release_where_scarce()
-        return loss
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None for checkpoints: trl's would describe another kind of folder."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter_weights(model or self.model, Path(os.fspath(resume_from_checkpoint)) / "adapter")
+
+
+class LabelledPositions(Trainer):
+    """Computes the SFT loss from plain logits at the labelled positions, on a CPU.
+
+    trl's output layer, in chunks over all positions, saves the logits' memory on a GPU. On a CPU it scores every
+    position, and a training step takes half as long again.
+    """
+
+    @property
+    def scores_labelled_positions(self) -> bool:
+        """Whether this run computes its loss so, and not as trl does."""
+        return self.args.device.type == "cpu"
 
     def compute_loss(
         self,
@@ -57,61 +74,39 @@ class PescTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The language model's loss and, in training, the router's losses, averaged over micro-batches.
+        """The mean loss of a labelled token of the optimizer step; without `num_items_in_batch`, of the micro-batch.
 
-        `return_outputs` must be left out: no logits are kept.
+        `return_outputs` must be left out on a CPU: no logits are kept.
         """
+        if not self.scores_labelled_positions:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert not return_outputs
-        with record_router_logits(model) as router_logits:
-            loss = self._language_model_loss(model, inputs, num_items_in_batch)
-        if not self.model.training:
-            return loss
-        if router_logits:
-            aux_loss, weighted = self.model.router_loss(router_logits, inputs["attention_mask"])
-            self._record_routing(aux_loss, weighted, router_logits, inputs["attention_mask"])
-            # With num_items_in_batch the trainer adds micro-batches up instead of averaging them.
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + weighted.to(loss.device) / steps
-        self.tokens_seen += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
-        self._metrics["train"]["num_tokens"] = [self.tokens_seen]
+        loss = summed_loss(model, **inputs).sum()
+        if self.model.training:
+            self._count_tokens(inputs)
+        if num_items_in_batch is None:
+            return loss / (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
+        # The items are those of all processes, over which gradients are averaged.
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        # As trl does; packed examples come without a mask, and without padding.
+        tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+
+class PescTrainer(RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrainer):
+    """Trains crafted models, and dense ones with LoRA, the same way."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        return LengthGroupedSampler(
+            lengths, self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in the parent class; then returns freed memory to the system if the machine is short of it."""
+        loss = super().training_step(*args, **kwargs)
+        release_where_scarce()
         return loss
-
-    def _language_model_loss(
-        self, model: Any, inputs: dict[str, Any], num_items: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        if self.args.device.type != "cpu":
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items)
-        # trl's fused output layer saves the logits' memory on a GPU; on a CPU it takes half as long again.
-        loss = summed_loss(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"]).sum()
-        if num_items is None:
-            return loss / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
-        # num_items counts the tokens of all processes, over which gradients are averaged.
-        return loss * self.accelerator.num_processes / num_items
-
-    @torch.no_grad()
-    def _record_routing(
-        self,
-        aux_loss: torch.Tensor,
-        weighted: torch.Tensor,
-        router_logits: list[torch.Tensor],
-        attention_mask: torch.Tensor,
-    ) -> None:
-        mask = token_mask(attention_mask, router_logits[0].shape[0])
-        counts = [
-            expert_counts(logits, ffn.router.num_experts_per_tok, mask)
-            for logits, (_, ffn) in zip(router_logits, crafted_ffns(self.model), strict=True)
-        ]
-        metrics = self._metrics["train"]
-        metrics["aux_loss"].append(aux_loss.item())
-        metrics["router_loss"].append(weighted.item())
-        metrics["balance"].append(balance(counts))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the adapter folder: neither the base, nor anything pickled."""
-        save_adapter(self.model, Path(output_dir or self.args.output_dir) / "adapter")
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None for checkpoints: trl's would describe another kind of folder."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_weights(model or self.model, Path(os.fspath(resume_from_checkpoint)) / "adapter")
