@@ -144,13 +144,6 @@ def test_a_forward_replaced_by_others_is_refused() -> None:
         craft(dense, PescConfig(**SMALL))
 
 
-def test_reentrant_checkpointing_switched_on_before_is_refused() -> None:
-    dense = tiny_model("llama")
-    dense.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant=False"):
-        craft(dense, PescConfig(**SMALL))
-
-
 def test_crafted_models_pickle_whole() -> None:
     crafted = disturb(craft(tiny_model("llama"), PescConfig(**SMALL)))
     restored = pickle.loads(pickle.dumps(crafted))

@@ -167,58 +167,6 @@ def test_padded_batches_generate_what_each_row_alone_does(family: str) -> None:
         assert torch.equal(row, alone)
 
 
-def test_router_logits_and_aux_loss() -> None:
-    model = crafted_model(layers=[0, 2])
-    plain = model(tokens(), labels=tokens())
-    out = model(tokens(), labels=tokens(), output_router_logits=True)
-    assert [tuple(logits.shape) for logits in out.router_logits] == [(22, 4), (22, 4)]
-    assert out.loss.item() == pytest.approx((plain.loss + 0.01 * out.aux_loss).item())
-    assert model.base_model(tokens(), output_router_logits=True).router_logits[1].equal(out.router_logits[1])
-    as_tuple = model(tokens(), labels=tokens(), output_router_logits=True, return_dict=False)
-    assert torch.equal(as_tuple[0], out.loss)
-    assert "router_logits" not in plain or plain.router_logits is None
-
-
-def test_training_loss_includes_the_router_losses() -> None:
-    model = crafted_model(router_z_loss_coef=0.001)
-    plain = model(tokens(), labels=tokens()).loss
-    trained = model.train()(tokens(), labels=tokens()).loss
-    assert trained > plain
-    trained.backward()
-    assert all(p.grad.abs().max() > 0 for name, p in expert_parameters(model).items() if "router" in name)
-
-
-def _gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    model = crafted_model().train()
-    model(tokens(), labels=tokens()).loss.backward()
-    plain = _gradients(model)
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(tokens(), labels=tokens()).loss.backward()
-    checkpointed = _gradients(model)
-    assert plain.keys() == checkpointed.keys()
-    assert all(torch.allclose(plain[k], checkpointed[k], atol=1e-6) for k in plain)
-    with pytest.raises(ValueError, match="use_reentrant=False"):
-        model.gradient_checkpointing_enable({"use_reentrant": True})
-
-
-def test_gradient_accumulation_averages_the_router_losses() -> None:
-    """Micro-batches with their items' count, as the trainer passes it, weigh router losses by their share."""
-    model = crafted_model().train()
-    rows = tokens(4, 11)
-    for row in rows.split(1):
-        model(row, labels=row, num_items_in_batch=torch.tensor(40)).loss.backward()
-    accumulated = _gradients(model)
-    model.zero_grad()
-    (sum(model(row, labels=row).loss for row in rows.split(1)) / 4).backward()
-    averaged = _gradients(model)
-    assert all(torch.allclose(accumulated[k], averaged[k], atol=1e-6) for k in averaged)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["batched_mm", "grouped_mm", "pesc_wide_mm", "pesc_auto"])
 def test_compiles_without_graph_breaks_in_our_layer(backend: str) -> None:

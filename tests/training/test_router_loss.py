@@ -16,7 +16,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -429,38 +428,6 @@ def test_packed_documents_without_a_mask_all_count() -> None:
     assert_same(loop(model, STEPS[0][:1], backward), step_gradients(model, STEPS[0][:1]))
 
 
-def test_wrappers_of_the_model_change_nothing() -> None:
-    """peft's, with routers and experts among what it trains."""
-    model = crafted()
-    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router", "experts"])
-    wrapped = get_peft_model(copy.deepcopy(model), lora)
-    ours = loop(wrapped, STEPS[0][:1], lambda model, batch: model(**batch).loss.backward())
-    expected = step_gradients(model, STEPS[0][:1])
-    part = "modules_to_save.default."
-    ours = {
-        name.removeprefix("base_model.model.").replace(part, ""): gradient
-        for name, gradient in ours.items()
-        if part in name
-    }
-    assert_same(ours, {name: expected[name] for name in ours})
-    assert len(ours) == 9
-
-
-def test_evaluation_adds_nothing_and_values_are_the_dense_ones() -> None:
-    model, batch = crafted(), padded(examples(DOCUMENTS[:2]))
-    evaluated = model.eval()(**batch)
-    trained = model.train()(**batch)
-    assert torch.equal(evaluated.logits, trained.logits)
-    assert torch.equal(evaluated.loss, trained.loss)
-    evaluated.loss.backward()
-    language = gradients(model)
-    model.zero_grad()
-    trained.loss.backward()
-    assert not torch.allclose(
-        language["model.layers.0.mlp.router.weight"], model.model.layers[0].mlp.router.weight.grad
-    )
-
-
 @pytest.mark.parametrize("part", ["model", "layers"])
 def test_a_compiled_model_loses_nothing(part: str) -> None:
     """It runs first without anything that watches the routers."""
@@ -483,31 +450,6 @@ def uncompiled(model):
 
 
 # What cannot be right is refused.
-
-
-@pytest.mark.parametrize("switch", ["enabled", "before crafting", "left to torch"])
-def test_reentrant_checkpointing_is_refused(switch: str) -> None:
-    model = crafted()
-    if switch == "before crafting":
-        dense = tiny_model("llama")
-        dense.gradient_checkpointing_enable({"use_reentrant": True})
-        model = craft(dense, PescConfig(**METHOD))
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": True} if switch == "enabled" else {})
-    model.enable_input_require_grads()
-    batch = padded(examples(DOCUMENTS[:2]))
-    with torch.no_grad():
-        model.train()(**batch)
-    with pytest.raises(ValueError, match='use gradient_checkpointing_kwargs={"use_reentrant": False}'):
-        model(**batch)
-
-
-def test_experts_that_another_library_leaves_out_are_missed() -> None:
-    model = crafted().train()
-    ffn = model.model.layers[1].mlp
-    ffn.forward = type(ffn).dense_class.forward.__get__(ffn)
-    with pytest.raises(ValueError, match="2 of 3 routers ran: another library has replaced"):
-        model(**padded(examples(DOCUMENTS[:2])))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from pesc.crafting.surgery import crafted_ffns
 from pesc.method.extend import Extension
@@ -30,6 +31,11 @@ class PescBackbone(Extension, PreTrainedModel):
     router_loss_scale: float | None = None
     """See `set_router_loss_scale`."""
     watchers: tuple[list[Routing], ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # transformers looks up by class what `output_hidden_states` and `output_attentions` may record.
+        super().__init_subclass__(**kwargs)
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
 
     @classmethod
     def namespace(cls, dense: Any) -> dict[str, Any]:
