@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+import pesc
 from checkpoints import tiny_dense, tiny_tokenizer
 from definition import (
     Document,
@@ -35,7 +36,6 @@ from definition import (
 )
 from families import disturb, tiny_model
 from pesc import PescConfig, craft, set_router_loss_scale
-from pesc.crafting.load import load_model
 from pesc.data.chat import IGNORE_INDEX
 from pesc.training.router_loss import RouterLossScale
 from pesc.training.trainer import PescTrainer, RoutingMetrics
@@ -109,6 +109,7 @@ def trained(kind: type, model, args, **kwargs):
     kwargs = {"train_dataset": Dataset.from_list(examples(DOCUMENTS)), "callbacks": [keep]} | kwargs
     trainer = kind(model=model, args=args, **kwargs)
     trainer.train()
+    assert model.base_model.router_loss_scale is None
     return keep.steps, trainer
 
 
@@ -224,13 +225,21 @@ def test_liger(trainer: type, tmp_path: Path) -> None:
     check(steps)
 
 
-@pytest.mark.parametrize("settings", [{}, PACKED, {"gradient_checkpointing": True}], ids=str)
+class InOrder(PescTrainer):
+    """`pesc train`'s trainer, with the examples in the order of the data."""
+
+    _get_train_sampler = transformers.Trainer._get_train_sampler
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, PACKED, {"gradient_checkpointing": True}], ids=["padded", "packed", "checkpointed"]
+)
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU path", "GPU path"])
 def test_pesc_trainer(on_cpu: bool, settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PescTrainer, "scores_labelled_positions", on_cpu)
     model = crafted()
     steps, trainer = trained(
-        PescTrainer, model, arguments(SFTConfig, tmp_path, **settings), processing_class=tiny_tokenizer()
+        InOrder, model, arguments(SFTConfig, tmp_path, **settings), processing_class=tiny_tokenizer()
     )
     check(steps)
     model = crafted()
@@ -276,7 +285,7 @@ def test_dpo_trainer(checkpointed: bool, tmp_path: Path) -> None:
         pass
 
     method = PescConfig(**(METHOD | {"num_experts": [4, 3], "num_experts_per_tok": [2, 1]}))
-    model = disturb(craft(load_model(tiny_dense(tmp_path / "dense")), method))
+    model = disturb(craft(pesc.load(tiny_dense(tmp_path / "dense")), method))
     reference = disturb(copy.deepcopy(model), seed=1)
     untouched = copy.deepcopy(model), copy.deepcopy(reference)
     steps, trainer = trained(
@@ -500,7 +509,7 @@ def _one_of_two_processes(folder: Path) -> None:
     for kind, config, kwargs in (
         (transformers.Trainer, transformers.TrainingArguments, {"data_collator": padded}),
         (SFTTrainer, SFTConfig, {"processing_class": tiny_tokenizer()}),
-        (PescTrainer, SFTConfig, {"processing_class": tiny_tokenizer()}),
+        (InOrder, SFTConfig, {"processing_class": tiny_tokenizer()}),
     ):
         steps, trainer = trained(kind, crafted(), arguments(config, folder), train_dataset=data, **kwargs)
         assert trainer.accelerator.num_processes == 2

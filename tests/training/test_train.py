@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import pesc.training.train as training
 from checkpoints import tiny_dense, write_rows
+from definition import assert_same, gradients, step_gradients
 from pesc import PescConfig, craft_checkpoint, load, train
 from pesc.crafting.info import describe
 from pesc.crafting.lora import adapter_tensors
@@ -333,6 +334,36 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, console
         )
         runs.append(load_file(train(recipe, console) / "adapter.safetensors"))
     assert all(torch.allclose(runs[0][name], runs[1][name], atol=1e-4) for name in runs[0])
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU path", "GPU path"])
+def test_gradients_are_those_of_the_definition(
+    on_cpu: bool, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pesc = PescConfig(
+        num_experts=[4, 3],
+        num_experts_per_tok=[2, 1],
+        adapter_dim=8,
+        router_aux_loss_coef=0.5,
+        router_z_loss_coef=0.05,
+    )
+    recipe = make_recipe(tmp_path, pesc=pesc, gradient_accumulation_steps=2, steps=1)
+    start, plain, step = training.build_model(recipe), PescTrainer.training_step, []
+    found: dict[str, torch.Tensor] = {}
+
+    def watched(self, model, inputs, *args):
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        pairs = zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), lengths, strict=True)
+        step.append([(ids[:length], labels[:length]) for ids, labels, length in pairs])
+        loss = plain(self, model, inputs, *args)
+        found.update(gradients(self.model))
+        return loss
+
+    monkeypatch.setattr(PescTrainer, "training_step", watched)
+    monkeypatch.setattr(PescTrainer, "scores_labelled_positions", on_cpu)
+    train(recipe, console)
+    assert [len(micro_batch) for micro_batch in step] == [2, 2]
+    assert_same(found, step_gradients(start, step))
 
 
 def test_a_failed_start_does_not_claim_the_folder(tmp_path: Path, console: Console) -> None:

@@ -17,7 +17,7 @@ class Encoded:
     """Tokenized examples, and what became of those that did not fit."""
 
     examples: list[dict[str, list[int]]]
-    """`input_ids` and `labels` of each, of equal length; a token that is not trained on has the label `IGNORE_INDEX`."""
+    """`input_ids` and `labels` of each, of equal length; what is not trained on has the label `IGNORE_INDEX`."""
     split: int
     """Conversations that became an example for each assistant turn, as the chat template rewrites earlier turns."""
     truncated: int
