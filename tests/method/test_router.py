@@ -26,13 +26,12 @@ def test_softmax_is_fp32_whatever_the_model() -> None:
     assert torch.equal(weights, logits.topk(2).values.softmax(-1).to(torch.bfloat16))
 
 
-def test_recorder_nests_and_leaves_nothing_behind() -> None:
-    router = Router(16, 8, 2)
-    x = torch.randn(4, 16)
-    with record_router_logits(router) as outer:
-        router(x)
-        with record_router_logits(router) as inner:
-            router(x)
-    router(x)
-    assert (len(outer), len(inner)) == (2, 1)
-    assert not router._forward_hooks
+def test_the_recorder_takes_what_runs_inside_and_leaves_nothing_behind() -> None:
+    routers, x = torch.nn.ModuleList([Router(16, 8, 2), Router(16, 5, 1)]), torch.randn(4, 16)
+    with record_router_logits(routers) as recorded:
+        logits = [router(x)[0] for router in reversed(routers)]
+    routers[0](x)
+    assert recorded[0] is logits[1]
+    assert recorded[1] is logits[0]
+    assert len(recorded) == 2
+    assert [router.recorded for router in routers] == [None, None]

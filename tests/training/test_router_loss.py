@@ -480,11 +480,12 @@ def test_trainers_that_hide_their_scale_are_refused(tmp_path: Path) -> None:
     trainer.remove_callback(RouterLossScale)
     with pytest.raises(ValueError, match="num_items_in_batch hides how the loss is scaled"):
         trainer.train()
-    model, callback = crafted(), RouterLossScale()
-    with pytest.raises(ValueError, match="2 GPUs in one process"):
-        callback.on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=model)
-    with pytest.raises(ValueError, match="fp16 must be off"):
-        callback.on_step_begin(SimpleNamespace(fp16=True), None, None, model=model, optimizer=object())
+    for settings, message in (
+        ({"n_gpu": 2}, "2 GPUs in one process"),
+        ({"n_gpu": 1, "fp16": True}, "fp16 must be off"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RouterLossScale().on_train_begin(SimpleNamespace(**settings), None, None, model=crafted(), optimizer=None)
 
 
 # Two processes.

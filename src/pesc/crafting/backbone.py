@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,24 +60,13 @@ class PescBackbone(Extension, PreTrainedModel):
         if trains:
             _replace_hidden_states(outputs, carry_loss(outputs.last_hidden_state, routing.loss, self.loss_scale()))
         if output_router_logits:
-            outputs["router_logits"] = detached(router_logits)
+            outputs["router_logits"] = tuple(logits.detach() for logits in router_logits)
         return outputs if default(return_dict, self.config.return_dict) else outputs.to_tuple()
 
     def loss_scale(self) -> float:
         """What the gradient of a pass's router losses is multiplied by."""
         # In accelerate's loops `accelerator.backward` divides a loss by these steps; they are 1 in all others.
         return 1 / GradientState().num_steps if self.router_loss_scale is None else self.router_loss_scale
-
-    @contextmanager
-    def watched(self) -> Iterator[list[Routing]]:
-        """Collect the `Routing` of each forward pass that runs inside the block; the list grows as they run."""
-        seen: list[Routing] = []
-        outer = self.watchers
-        self.watchers = (*outer, seen)
-        try:
-            yield seen
-        finally:
-            self.watchers = outer
 
     def _routing(self, router_logits: list[torch.Tensor], attention_mask: Any) -> Routing:
         method, routers = self.config.method, [ffn.router for _, ffn in crafted_ffns(self)]
@@ -107,9 +96,15 @@ def set_router_loss_scale(model: nn.Module, scale: float | None) -> None:
 @contextmanager
 def watch_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the `Routing` of a model's forward passes inside the block: of none for a dense model."""
-    with ExitStack() as stack:
-        watched = [stack.enter_context(backbone.watched()) for backbone in _backbones(model)]
-        yield watched[0] if watched else []
+    seen: list[Routing] = []
+    backbones = _backbones(model)
+    for backbone in backbones:
+        backbone.watchers = (*backbone.watchers, seen)
+    try:
+        yield seen
+    finally:
+        for backbone in backbones:
+            backbone.watchers = backbone.watchers[:-1]
 
 
 def argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
@@ -120,11 +115,6 @@ def argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
 def argument(name: str, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """An argument of a call, whether it was given by position or by name; None if it was left out."""
     return args[names.index(name)] if name in names[: len(args)] else kwargs.get(name)
-
-
-def detached(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The same values without their autograd graph."""
-    return tuple(tensor.detach() for tensor in tensors)
 
 
 def default(value: bool | None, fallback: bool) -> bool:

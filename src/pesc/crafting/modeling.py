@@ -20,7 +20,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from pesc.crafting.backbone import PescBackbone, argument, argument_names, default, detached
+from pesc.crafting.backbone import PescBackbone, argument, argument_names, default, watch_routing
 from pesc.crafting.surgery import add_experts
 from pesc.method.backends import AUTO
 from pesc.method.extend import Extension, extend_class
@@ -115,7 +115,7 @@ def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
         if trains:
             _refuse_unknown_scale(self, argument("labels", names, args, kwargs), kwargs.get("num_items_in_batch"))
         return_dict = kwargs.pop("return_dict", None)
-        with self.base_model.watched() as passes:
+        with watch_routing(self.base_model) as passes:
             outputs = dense_forward(self, *args, return_dict=True, **kwargs)
         (routing,) = passes
         if trains and outputs.loss is not None and kwargs.get("num_items_in_batch") is None:
@@ -124,7 +124,7 @@ def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
             outputs = MoeCausalLMOutputWithPast(
                 **{name: outputs.get(name) for name in _OUTPUTS},
                 aux_loss=routing.aux_loss.detach(),
-                router_logits=detached(routing.router_logits),
+                router_logits=tuple(logits.detach() for logits in routing.router_logits),
             )
         return outputs if default(return_dict, self.config.return_dict) else outputs.to_tuple()
 

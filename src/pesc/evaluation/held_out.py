@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pesc.crafting.surgery import crafted_ffns
+from pesc.crafting.backbone import watch_routing
 from pesc.data.chat import IGNORE_INDEX, encode_messages
-from pesc.method.losses import token_mask
-from pesc.method.routing import expert_counts, record_router_logits
+from pesc.method.routing import Routing
 from pesc.training.loss import summed_loss
 
 
@@ -79,12 +78,12 @@ def score_rows(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         input_ids, labels, mask = _pad([encoded[i] for i in chosen], max_length, tokenizer.pad_token_id)
-        with record_router_logits(model) as router_logits:
+        with watch_routing(model) as passes:
             batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
             nll = summed_loss(model, **{name: tensor.to(model.device) for name, tensor in batch.items()})
         for i, row_nll, row_labels in zip(chosen, nll.tolist(), labels, strict=True):
             scores[i] = RowScore(domains[i], row_nll, int((row_labels[1:] != IGNORE_INDEX).sum()))
-        _count_experts(model, router_logits, mask, [domains[i] for i in chosen], counts)
+        _count_experts(passes, mask, [domains[i] for i in chosen], counts)
         on_batch(start + len(chosen))
     return Scores([score for score in scores if score is not None], counts)
 
@@ -134,18 +133,11 @@ def _pad(
 
 
 def _count_experts(
-    model: PreTrainedModel,
-    router_logits: list[torch.Tensor],
-    mask: torch.Tensor,
-    domains: list[str],
-    counts: dict[str, list[torch.Tensor]],
+    passes: list[Routing], mask: torch.Tensor, domains: list[str], counts: dict[str, list[torch.Tensor]]
 ) -> None:
-    ffns = crafted_ffns(model)
-    for domain in set(domains) if ffns else ():
-        of_domain = mask * torch.tensor([[d == domain] for d in domains])
-        layers = [
-            expert_counts(logits, ffn.router.num_experts_per_tok, token_mask(of_domain, logits.shape[0]))
-            for logits, (_, ffn) in zip(router_logits, ffns, strict=True)
-        ]
-        before = counts.get(domain, [torch.zeros_like(layer) for layer in layers])
-        counts[domain] = [old + new for old, new in zip(before, layers, strict=True)]
+    for routing in passes:
+        for domain in set(domains):
+            of_domain = mask * torch.tensor([[d == domain] for d in domains])
+            layers = routing.counts(of_domain.flatten().bool())
+            before = counts.get(domain, [torch.zeros_like(layer) for layer in layers])
+            counts[domain] = [old + new for old, new in zip(before, layers, strict=True)]

@@ -20,7 +20,7 @@ class Router(nn.Module):
     """
 
     recorded: list[torch.Tensor] | None = None
-    """Logits of the forward passes in a block of `record_router_logits`. (A compiled model may leave a hook out.)"""
+    """A list that takes the logits, inside `record_router_logits`. (A compiled model may leave a hook out.)"""
 
     def __init__(self, hidden_size: int, num_experts: int, num_experts_per_tok: int) -> None:
         super().__init__()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -28,36 +27,36 @@ class Routing:
     loss: torch.Tensor
     """What the pass adds to the gradient: balance and z-loss with their weights, a scalar, fp32."""
 
-    def counts(self) -> list[torch.Tensor]:
-        """How many tokens chose each expert: an [E] int64 tensor on the CPU for each layer."""
+    def counts(self, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """How many tokens chose each expert: an [E] int64 tensor on the CPU for each layer.
+
+        Args:
+            mask: [T] bool, true for tokens to count; by default all that are no padding.
+        """
         return [
-            expert_counts(logits.detach(), top_k, self.mask)
+            expert_counts(logits.detach(), top_k, self.mask if mask is None else mask)
             for logits, top_k in zip(self.router_logits, self.num_experts_per_tok, strict=True)
         ]
 
 
 @contextmanager
 def record_router_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the router logits of every forward pass that runs inside the block.
+    """Collect the router logits of the forward pass that runs inside the block.
 
     Yields:
-        A list that is filled when the block ends: a [T, E] fp32 tensor for each crafted layer of each pass, in order.
-        The tensors keep their autograd graph.
+        A list that is filled when the block ends: a [T, E] fp32 tensor, with its autograd graph, for each router that
+        ran, in order.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    outer = [router.recorded for router in routers]
     for router in routers:
         router.recorded = []
     recorded: list[torch.Tensor] = []
     try:
         yield recorded
-        passes = zip_longest(*(router.recorded or [] for router in routers))
-        recorded.extend(logits for one_pass in passes for logits in one_pass if logits is not None)
+        recorded.extend(logits for router in routers for logits in router.recorded or [])
     finally:
-        for router, before in zip(routers, outer, strict=True):
-            if before is not None:
-                before.extend(router.recorded or [])
-            router.recorded = before
+        for router in routers:
+            router.recorded = None
 
 
 def expert_counts(

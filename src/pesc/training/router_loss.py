@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import has_length
-from transformers.training_args import TrainingArguments
 
 from pesc.crafting.backbone import set_router_loss_scale
 from pesc.crafting.surgery import crafted_ffns
@@ -25,15 +24,14 @@ class RouterLossScale(TrainerCallback):
     A model cannot see how many there are, and with `num_items_in_batch` a trainer adds them up instead of averaging.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse arguments that the router's losses would not follow.
 
         Raises:
-            ValueError: for trl's `router_aux_loss_coef`, and for several GPUs in one process.
+            ValueError: for trl's `router_aux_loss_coef`; for several GPUs in one process; for float16 without a
+                `GradScaler`, as DeepSpeed scales losses itself.
         """
-        if not crafted_ffns(model):
+        if not crafted_ffns(kwargs["model"]):
             return
         weight = getattr(args, "router_aux_loss_coef", None)
         if weight is not None:
@@ -46,41 +44,29 @@ class RouterLossScale(TrainerCallback):
                 f"{args.n_gpu} GPUs in one process would add up their router losses: start a process for each GPU "
                 "(torchrun, accelerate launch)"
             )
-
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Set the scale of each micro-batch of the step.
-
-        Raises:
-            ValueError: for float16 without a `GradScaler`, as DeepSpeed scales losses itself.
-        """
-        if not crafted_ffns(model):
-            return
-        scaler = getattr(optimizer, "scaler", None)
-        if args.fp16 and scaler is None:
+        if args.fp16 and _scaler(kwargs["optimizer"]) is None:
             raise ValueError("fp16 must be off: what scales the gradients cannot be read here; use bf16")
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        set_router_loss_scale(model, scale / micro_batches(args, state, train_dataloader))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the scale of each micro-batch of the step."""
+        if crafted_ffns(kwargs["model"]):
+            scaler = _scaler(kwargs["optimizer"])
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            set_router_loss_scale(kwargs["model"], scale / micro_batches(args, state, kwargs["train_dataloader"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was before the step."""
-        set_router_loss_scale(model, None)
+        set_router_loss_scale(kwargs["model"], None)
 
 
-def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
+def micro_batches(args: Any, state: Any, dataloader: Any) -> int:
     """How many micro-batches the optimizer step that begins has: the last step of an epoch may have fewer."""
-    steps = args.gradient_accumulation_steps
+    steps: int = args.gradient_accumulation_steps
     if not has_length(dataloader):
         return steps
     done = round(state.epoch % 1 * len(dataloader))
     return min(steps, len(dataloader) - done)
+
+
+def _scaler(optimizer: Any) -> Any:
+    return getattr(optimizer, "scaler", None)  # of accelerate's wrapper
