@@ -61,7 +61,7 @@ def dense_view(config: PescModelConfig) -> Any:
             f"{architecture.removeprefix(PREFIX)}: use a newer vLLM, or serve the folder with transformers (pesc serve)"
         )
     values = config.to_dict()
-    for key in ("model_type", "base_model_type", "pesc", "output_router_logits", "architectures"):
+    for key in ("model_type", "base_model_type", "pesc", "architectures"):
         values.pop(key, None)
     dense = dense_class(**values)
     dense.architectures = [architecture]

@@ -22,7 +22,7 @@ _CLASS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 _DENSE_FIELDS = (
     *("bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size"),
     *("max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
-    *("output_router_logits", "rms_norm_eps", "tie_word_embeddings", "use_cache", "vocab_size"),
+    *("rms_norm_eps", "tie_word_embeddings", "use_cache", "vocab_size"),
 )
 _FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
     "llama": ("attention_bias", "pretraining_tp"),
@@ -162,7 +162,7 @@ def _new_config(config: Any, layout: Layout, expert_dtype: str) -> dict[str, Any
 
 def _published_fields(config: Any, layout: Layout) -> dict[str, Any]:
     fields = (*_DENSE_FIELDS, *_FAMILY_FIELDS[layout.base_model_type])
-    values = {key: getattr(config, key) for key in fields if hasattr(config, key)}
+    values = {key: getattr(config, key) for key in fields if hasattr(config, key)} | {"output_router_logits": False}
     rope = dict(config.rope_parameters or {})
     values["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type", "default")
