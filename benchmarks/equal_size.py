@@ -1,73 +1,69 @@
-"""Does sparse beat dense when both train as many parameters? Controls for a finished demo, same data, steps and seed.
+"""Does sparse beat dense when both train as many parameters? The demo with two more arms, same data, steps and seeds.
 
-LoRA of a rank that makes up for the experts, and one adapter as wide as all experts together, used by every token.
-Run: python benchmarks/equal_size.py [runs/demo]; ten minutes on two cores. Interrupted, it goes on where it was.
+The arms are LoRA of a rank that makes up for the experts, and one adapter as wide as all experts together, which every
+token uses. Runs of the demo that are in the folder are used; what is missing is trained.
+Run: python benchmarks/equal_size.py [--folder runs/demo] [--seeds 0 1 2]; ten minutes a seed after `pesc demo`, on two
+cores. Interrupted, it goes on where it was. It writes equal-size/report.html into the folder and prints a table.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from pesc.config import PescConfig
-from pesc.crafting.cost import count_parameters
-from pesc.crafting.load import load, load_tokenizer
-from pesc.crafting.lora import fold
-from pesc.data.formats import read_examples
-from pesc.demo.demo import demo_recipe
-from pesc.demo.mixture import DOMAINS
-from pesc.evaluation.held_out import Scores, paired_difference, score_rows
-from pesc.machine.quiet import quiet_libraries
-from pesc.training.recipe import LoraSettings, Recipe
-from pesc.training.train import train
+from pesc.demo.demo import DENSE, PESC, Stages, demo_mixture, demo_study
+from pesc.report import findings
+from pesc.report.results import Results
+from pesc.study.study import Arm, Study, run_study
+from pesc.training.recipe import LoraSettings
+
+WIDE_LORA, ADAPTER = "dense + LoRA r 74", "LoRA r 16 and one adapter of 512"
 
 
-def controls(demo: Recipe) -> dict[str, Recipe]:
-    """The demo's recipe, changed to train as many parameters without choosing among experts."""
-    wide = PescConfig(num_experts=1, num_experts_per_tok=1, adapter_dim=512, router_aux_loss_coef=0.0)
-    folder = demo.output.folder / "equal-size"
-    lora, adapter = (replace(demo.output, folder=folder / name) for name in ("lora", "adapter"))
-    return {
-        "dense + LoRA r 74": replace(demo, output=lora, pesc=None, lora=LoraSettings(r=74, alpha=148)),
-        "LoRA r 16 and one adapter of 512": replace(demo, output=adapter, pesc=wide),
-    }
+def equal_size_study(folder: Path, seeds: list[int]) -> Study:
+    """The demo's PESC and dense + LoRA, and two arms that train as many parameters as PESC without choosing experts."""
+    demo = demo_study(folder, seeds, demo_mixture(folder))
+    pesc, dense = (arm for arm in demo.arms if arm.recipe is not None)
+    assert pesc.recipe is not None and dense.recipe is not None
+    lora = replace(dense.recipe, lora=LoraSettings(r=74, alpha=148))
+    adapter = replace(
+        pesc.recipe, pesc=PescConfig(num_experts=1, num_experts_per_tok=1, adapter_dim=512, router_aux_loss_coef=0.0)
+    )
+    others = [Arm(WIDE_LORA, lora, "equal-size/lora", WIDE_LORA), Arm(ADAPTER, adapter, "equal-size/adapter", ADAPTER)]
+    return replace(
+        demo,
+        arms=[pesc, dense, *others],
+        comparisons=[(PESC, WIDE_LORA), (PESC, ADAPTER), (PESC, DENSE)],
+        output=folder / "equal-size",
+    )
 
 
-def score(run: Path, demo: Recipe) -> tuple[Scores, int]:
-    """(held-out scores, trained parameters) of a finished run."""
-    rows = read_examples(demo.output.folder / "data" / "held_out.jsonl")
-    with quiet_libraries():
-        model = load(run)
-        trained = count_parameters(model).trained
-        fold(model)
-        return score_rows(model, load_tokenizer(demo.model.name), rows, max_length=demo.data.max_length), trained
+def show(results: Results) -> None:
+    """A row for each arm: losses in nats a token, and PESC's difference with its standard error."""
+    print(f"| | trained | {' | '.join(f'{domain} | PESC less this' for domain in results.domains)} |")
+    print("|---" * (2 + 2 * len(results.domains)) + "|")
+    for arm in results.names:
+        cells = [arm, findings.count(results.of(arm)[0].measured.parameters.trained)]
+        cases = {case.domain: case for case in findings.compare(results, PESC, arm)}
+        for domain in results.domains:
+            case = cases[domain].estimate
+            difference = f"{findings.signed(case.mean)} ± {findings.number(case.error)}"
+            cells += [findings.over_seeds(results.losses(arm, domain)), "" if arm == PESC else difference]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
-    """Train the controls that are missing and print each one's row as soon as it is known."""
-    demo = demo_recipe(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo"))
-    console = Console(stderr=True)
-    pesc, trained = score(demo.output.folder, demo)
-    print(f"| | trained | {' | '.join(f'{domain} | PESC less this' for domain in DOMAINS)} |")
-    print("|---" * (2 + 2 * len(DOMAINS)) + "|")
-    show("PESC, 8 experts of 64, top 2", pesc, trained, pesc)
-    show("dense + LoRA r 16", *score(demo.output.folder / "dense", demo), pesc)
-    for name, recipe in controls(demo).items():
-        train(recipe, console, label=name)
-        show(name, *score(recipe.output.folder, demo), pesc)
-
-
-def show(name: str, scores: Scores, trained: int, pesc: Scores) -> None:
-    """A row of the table: losses in nats a token, and the mean difference of a row with its standard error."""
-    cells = [name, f"{trained / 1e6:.1f} M"]
-    differences = paired_difference(pesc, scores)
-    for domain in DOMAINS:
-        mean, error = differences[domain]
-        cells += [f"{scores.loss()[domain]:.3f}", "" if scores is pesc else f"{mean:+.3f} ± {error:.3f}"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    """Run what is missing of the study and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+    study, console = equal_size_study(arguments.folder, arguments.seeds), Console(stderr=True)
+    show(run_study(study, console, Stages(console, total=5 * len(arguments.seeds))))
 
 
 if __name__ == "__main__":

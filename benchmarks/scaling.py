@@ -4,7 +4,8 @@ A random Llama of SmolLM2's width, fp32, is trained for a step with LoRA and wit
 what the experts add: time relative to dense + LoRA, and peak memory in MB. The laws: time as the multiplications;
 memory as the experts' weights and moments, and the larger of their gradients and what the forward pass keeps, the
 adapters' input and first products of every token and layer. AdamW's own time is in neither law.
-Run: python benchmarks/scaling.py [--plot]; with --plot it only draws what was measured. Some 10 minutes on two cores.
+Run: python benchmarks/scaling.py [--plot] [--date 2026-11-24]; with --plot it only draws what was measured, to
+docs/scaling.png: dots are measured, lines the laws. Some 10 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import torch
-from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pesc.bench.config import BenchConfig
@@ -29,9 +30,10 @@ from pesc.bench.steps import make_steps
 from pesc.bench.timing import interleave
 from pesc.config import PescConfig
 from pesc.machine.allocator import keep_freed_memory
+from pesc.report import charts
 
 RESULTS = Path(__file__).parent / "results"
-PLOT = Path(__file__).parents[1] / "docs" / "scaling.svg"
+PLOT = Path(__file__).parents[1] / "docs" / "scaling.png"
 HIDDEN, FLOAT = 576, 4
 ROUNDS = 5
 
@@ -110,31 +112,43 @@ def run(path: Path) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
+QUANTITIES = {"time": "added time, % of dense + LoRA", "memory": "added peak memory, MB"}
+SPANS = {"time": [1, 100], "memory": [10, 1000]}
+
+
 def draw(path: Path) -> None:
-    """A small plot for each variable: measured points with quartiles, and the law as a line."""
+    """A small plot for each variable: measured points, those of time with quartiles, and the law as a line."""
     sweeps = json.loads(path.read_text())["sweeps"]
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    axes = figure.subplots(2, len(sweeps), sharey="row")
-    for column, (name, points) in enumerate(sweeps.items()):
-        values = [p["point"][name] for p in points]
-        time, memory = axes[0][column], axes[1][column]
-        middle, low, high = zip(*(p["time"] for p in points), strict=True)
-        errors = [[m - q for m, q in zip(middle, low, strict=True)], [q - m for m, q in zip(middle, high, strict=True)]]
-        time.plot(values, [p["time_law"] for p in points], color="tab:gray", label="law")
-        time.errorbar(values, middle, errors, fmt="o", markersize=4, color="tab:blue", label="measured")
-        memory.plot(values, [p["memory_law"] for p in points], color="tab:gray")
-        memory.plot(values, [p["memory"] for p in points], "o", markersize=4, color="tab:blue")
-        for axis in (time, memory):
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks(values, [str(v) for v in values], fontsize=7)
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-        memory.set_xlabel(LABELS[name])
-    axes[0][0].set_ylabel("added time, %\nof dense + LoRA")
-    axes[1][0].set_ylabel("added peak memory, MB")
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(PLOT, metadata={"Date": None})
+    rows = [
+        alt.hconcat(*(_panel(name, points, quantity, first=i == 0) for i, (name, points) in enumerate(sweeps.items())))
+        for quantity in QUANTITIES
+    ]
+    PLOT.write_bytes(charts.picture(charts.spec_of(alt.vconcat(*rows)), scale=1))
+
+
+def _panel(name: str, points: list[dict[str, Any]], quantity: str, first: bool) -> alt.LayerChart:
+    rows = []
+    for point in points:
+        middle, low, high = point[quantity] if quantity == "time" else [point[quantity]] * 3
+        law = point[f"{quantity}_law"]
+        rows.append({"at": point["point"][name], "measured": middle, "low": low, "high": high, "law": law})
+    across = alt.X("at:Q", title=LABELS[name] if quantity == "memory" else None)
+    across = across.scale(type="log", base=2).axis(
+        values=[row["at"] for row in rows], format="d", labelFontSize=10, labelAngle=0
+    )
+    base = alt.Chart(alt.Data(values=rows)).encode(x=across)
+
+    def up(field: str) -> alt.Y:
+        low, high = SPANS[quantity]
+        axis = alt.Axis(values=[value for value in (1, 3, 10, 30, 100, 300, 1000) if low <= value <= high])
+        return alt.Y(field, type="quantitative", title=QUANTITIES[quantity] if first else None, axis=axis).scale(
+            type="log", domain=SPANS[quantity], clamp=True
+        )
+
+    law = base.mark_line(strokeWidth=2, color=alt.ExprRef("muted")).encode(y=up("law"))
+    reach = base.mark_rule(strokeWidth=2, color=alt.ExprRef("first")).encode(y=up("low"), y2="high:Q")
+    dots = base.mark_point(filled=True, size=45, opacity=1, color=alt.ExprRef("first")).encode(y=up("measured"))
+    return alt.layer(law, reach, dots).properties(width=170, height=150)
 
 
 def main() -> None:

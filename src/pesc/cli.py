@@ -28,21 +28,23 @@ app = App(
 
 
 @app.command
-def demo(*, output: Path = Path("runs/demo")) -> None:
+def demo(*, output: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,)) -> None:
     """Run the main job on the embedded model: craft, tune on chat, code and math, compare, report.
 
-    Some 10 minutes on two cores. An interrupted demo goes on where it stopped.
+    Some 10 minutes a seed on two cores. An interrupted demo goes on where it stopped.
 
-    Example: `pesc demo --output runs/demo`
+    Example: `pesc demo --output runs/demo --seeds 0 1 2`
 
     Parameters
     ----------
     output
         Folder of the run.
+    seeds
+        Of the initial values and the order of the data. One seed gives no verdict; more are run one after the other.
     """
     from pesc.demo.demo import run_demo
 
-    run_demo(output, _console())
+    run_demo(output, _console(), list(seeds))
 
 
 @app.command

@@ -1,9 +1,8 @@
-"""The demo end to end, on the real model with a handful of rows."""
+"""The demo end to end, on the real model with a handful of examples."""
 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -12,31 +11,39 @@ from rich.console import Console
 from pesc import load
 from pesc.crafting.info import describe
 from pesc.demo import demo as run
+from pesc.report import findings
+from pesc.report.results import read_results
 
 
 @pytest.mark.slow
 def test_the_demo_runs_end_to_end_and_a_second_time_from_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "ROWS_PER_DOMAIN", 4)
+    monkeypatch.setattr(run, "EXAMPLES_PER_DOMAIN", 4)
     monkeypatch.setattr(run, "HELD_OUT_PER_DOMAIN", 2)
     monkeypatch.setattr(run, "QUESTIONS_PER_DOMAIN", 1)
     monkeypatch.setattr(run, "ANSWER_TOKENS", 8)
     console = Console(file=io.StringIO(), width=120)
     output = tmp_path / "demo"
     report = run.run_demo(output, console)
-    results = json.loads((output / "results.json").read_text())
-    base, dense, sparse = results["models"]
-    assert [model["name"] for model in results["models"]] == ["base", "dense + LoRA", "PESC"]
-    assert base["loss"].keys() == {"chat", "code", "math"}
-    assert base["parameters"]["trained"] == 0 < dense["parameters"]["trained"] < sparse["parameters"]["trained"]
-    assert sparse["parameters"]["active"] < sparse["parameters"]["total"]
-    assert "PESC" in report.read_text()
+    results = read_results(output)
+    assert results.names == ["base", "PESC", "dense + LoRA"]
+    assert results.domains == ["chat", "code", "math"]
+    base, sparse, dense = (results.of(name)[0].measured.parameters for name in results.names)
+    assert base.trained == 0 < dense.trained < sparse.trained
+    assert sparse.active < sparse.total
     text = console.file.getvalue()
-    assert f"pesc chat {output}" in text.replace("\n", "")
+    assert all(f"{stage}/6  " in text for stage in range(1, 7))
+    joined = text.replace("\n", "")
+    assert f"pesc chat {output}" in joined
+    # Terminal and report say the same.
+    page = report.read_text()
+    for sentence in (findings.headline(results), findings.ONE_SEED):
+        assert sentence in page
+        assert sentence.replace(" ", "") in joined.replace(" ", "")
+    assert "sparse wins" not in text.lower()
     assert describe(output).untouched == [] or len(describe(output).untouched) < 240
     assert load(output).config.method.num_experts == 8
     run.run_demo(output, console)
     assert "complete: nothing to do" in console.file.getvalue()
-    again = json.loads((output / "results.json").read_text())
-    assert again["models"] == results["models"]
+    assert read_results(output) == results

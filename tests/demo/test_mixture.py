@@ -1,4 +1,4 @@
-"""The demo's data: same seed same rows, nothing held out in training, all that is missing named."""
+"""The demo's data: same seed same examples, nothing held out in training, all that is missing named."""
 
 import importlib.util
 import json
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pesc.demo.chat_rows import draw_chat_rows
-from pesc.demo.code_rows import draw_code_rows
-from pesc.demo.math_rows import draw_math_rows
+from pesc.demo.chat_examples import draw_chat_examples
+from pesc.demo.code_examples import draw_code_examples
+from pesc.demo.math_examples import draw_math_examples
 from pesc.demo.mixture import DOMAINS, MixtureInfo, build_mixture
 from pesc.storage.hub import cache_folder
 
@@ -34,8 +34,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def texts(rows: list[dict[str, Any]], domain: str) -> tuple[list[str], list[str]]:
-    messages = [row["messages"] for row in rows if row["domain"] == domain]
+def texts(examples: list[dict[str, Any]], domain: str) -> tuple[list[str], list[str]]:
+    messages = [example["messages"] for example in examples if example["domain"] == domain]
     return [user["content"] for user, _ in messages], [reply["content"] for _, reply in messages]
 
 
@@ -49,18 +49,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> MixtureInfo:
 class TestMixture:
     def test_schema_and_counts(self, built: MixtureInfo) -> None:
         for split, path in (("train", built.train), ("held_out", built.held_out)):
-            rows = read(path)
-            for row in rows:
-                assert set(row) == {"messages", "domain"}
-                assert [set(message) for message in row["messages"]] == [{"role", "content"}] * 2
-                assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
-                assert all(message["content"].strip() for message in row["messages"])
-            assert Counter(row["domain"] for row in rows) == Counter(built.counts[split])
+            examples = read(path)
+            for example in examples:
+                assert set(example) == {"messages", "domain"}
+                assert [set(message) for message in example["messages"]] == [{"role", "content"}] * 2
+                assert [message["role"] for message in example["messages"]] == ["user", "assistant"]
+                assert all(message["content"].strip() for message in example["messages"])
+            assert Counter(example["domain"] for example in examples) == Counter(built.counts[split])
         assert built.counts == {"train": TRAIN, "held_out": dict.fromkeys(DOMAINS, HELD_OUT)}
         assert set(built.sources) == set(built.licences) == set(DOMAINS)
 
     def test_training_rows_are_shuffled(self, built: MixtureInfo) -> None:
-        assert {row["domain"] for row in read(built.train)[:60]} == set(DOMAINS)
+        assert {example["domain"] for example in read(built.train)[:60]} == set(DOMAINS)
 
     def test_nothing_held_out_is_trained_on(self, built: MixtureInfo) -> None:
         train, held_out = read(built.train), read(built.held_out)
@@ -73,19 +73,22 @@ class TestMixture:
             assert domain == "math" or not set(train_answers) & set(answers)
 
     def test_the_first_rows_of_every_domain_are_written(self, built: MixtureInfo) -> None:
-        math = draw_math_rows(TRAIN["math"] + HELD_OUT, seed=3)
-        drawn = {"chat": draw_chat_rows(cache_folder(), 3), "code": draw_code_rows(3), "math": math.rows}
-        for domain, rows in drawn.items():
-            assert list(zip(*texts(read(built.held_out), domain), strict=True)) == rows[:HELD_OUT]
+        math = draw_math_examples(TRAIN["math"] + HELD_OUT, seed=3)
+        drawn = {"chat": draw_chat_examples(cache_folder(), 3), "code": draw_code_examples(3), "math": math.examples}
+        for domain, examples in drawn.items():
+            assert list(zip(*texts(read(built.held_out), domain), strict=True)) == examples[:HELD_OUT]
             trained = sorted(zip(*texts(read(built.train), domain), strict=True))
-            assert trained == sorted(rows[HELD_OUT : HELD_OUT + TRAIN[domain]])
+            assert trained == sorted(examples[HELD_OUT : HELD_OUT + TRAIN[domain]])
         assert built.available == {"chat": len(drawn["chat"]), "code": len(drawn["code"])}
         assert built.contaminated_templates == math.contaminated
-        assert (built.contaminated_rows, built.unsound_rows) == (math.contaminated_rows, math.unsound_rows)
+        assert (built.contaminated_examples, built.unsound_examples) == (
+            math.contaminated_examples,
+            math.unsound_examples,
+        )
 
     def test_known_overlaps_are_caught(self, built: MixtureInfo) -> None:
         assert set(built.contaminated_templates) == {4, 30, 52, 70, 85, 93}
-        assert built.contaminated_rows > 0
+        assert built.contaminated_examples > 0
 
     def test_same_seed_same_files_in_another_process(self, built: MixtureInfo, tmp_path: Path) -> None:
         code = f"""if True:
@@ -96,14 +99,14 @@ class TestMixture:
         for path in (built.train, built.held_out):
             assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
-    def test_held_out_does_not_depend_on_training_rows(self, built: MixtureInfo, tmp_path: Path) -> None:
+    def test_held_out_does_not_depend_on_training_examples(self, built: MixtureInfo, tmp_path: Path) -> None:
         fewer = build_mixture(tmp_path, 5, HELD_OUT, seed=3)
         assert fewer.held_out.read_bytes() == built.held_out.read_bytes()
         other = build_mixture(tmp_path, 5, HELD_OUT, seed=4)
         assert other.held_out.read_bytes() != built.held_out.read_bytes()
 
     def test_too_many_rows_says_how_many_there_are(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"chat has \d+ rows.*at most \d+"):
+        with pytest.raises(ValueError, match=r"chat has \d+ examples.*at most \d+"):
             build_mixture(tmp_path, {"chat": 100_000, "code": 1, "math": 1}, 1, seed=0)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from pesc import PescConfig, craft
 from pesc.crafting.load import load, load_tokenizer
 from pesc.data.chat import encode_messages
 from pesc.data.formats import read_examples
-from pesc.evaluation.held_out import RowScore, Scores, paired_difference, score_rows
+from pesc.evaluation.held_out import encode_held_out, score
 from pesc.evaluation.samples import generate_answers
 
 
@@ -25,45 +25,56 @@ def setting(tmp_path: Path):
     return model, load_tokenizer(folder), read_examples(write_rows(tmp_path / "rows.jsonl"))
 
 
-def test_row_scores_are_the_models_own_loss(setting) -> None:
-    model, tokenizer, rows = setting
-    scores = score_rows(model, tokenizer, rows, batch_size=5)
-    for row, score in zip(rows, scores.rows, strict=True):
-        [(input_ids, labels)] = encode_messages(row["messages"], tokenizer)
+def test_scores_are_the_models_own_loss(setting) -> None:
+    model, tokenizer, conversations = setting
+    held_out = encode_held_out(conversations, tokenizer)
+    nll, _ = score(model, held_out, batch_size=5)
+    for conversation, example, own in zip(conversations, held_out.examples, nll, strict=True):
+        [(input_ids, labels)] = encode_messages(conversation["messages"], tokenizer)
         loss = model(torch.tensor([input_ids]), labels=torch.tensor([labels])).loss
-        assert score.nll / score.tokens == pytest.approx(loss.item(), rel=1e-4)
-        assert score.domain == row["domain"]
+        assert own / example.tokens == pytest.approx(loss.item(), rel=1e-4)
+        assert example.domain == conversation["domain"]
 
 
 def test_batches_and_padding_change_nothing(setting) -> None:
-    model, tokenizer, rows = setting
-    one, many = (score_rows(model, tokenizer, rows, batch_size=size) for size in (1, 12))
-    assert [row.nll for row in one.rows] == pytest.approx([row.nll for row in many.rows], rel=1e-4)
-    for domain in ("even", "odd"):
-        assert all(torch.equal(a, b) for a, b in zip(one.counts[domain], many.counts[domain], strict=True))
+    model, tokenizer, conversations = setting
+    held_out = encode_held_out(conversations, tokenizer)
+    (one, one_by_one), (many, together) = (score(model, held_out, batch_size=size) for size in (1, 12))
+    assert one == pytest.approx(many, rel=1e-4)
+    assert one_by_one == together
 
 
 def test_expert_counts_cover_every_token_twice(setting) -> None:
-    model, tokenizer, rows = setting
-    scores = score_rows(model, tokenizer, rows)
-    tokens = sum(len(encode_messages(row["messages"], tokenizer)[0][0]) for row in rows)
+    model, tokenizer, conversations = setting
+    _, routing = score(model, encode_held_out(conversations, tokenizer))
+    tokens = sum(len(encode_messages(c["messages"], tokenizer)[0][0]) for c in conversations)
     for layer in range(2):
-        assert sum(int(scores.counts[domain][layer].sum()) for domain in scores.counts) == 2 * tokens
+        assert sum(routing.choices(domain, layer).sum() for domain in routing.counts) == 2 * tokens
 
 
-def test_loss_is_weighted_by_tokens() -> None:
-    scores = Scores([RowScore("a", 2.0, 1), RowScore("a", 2.0, 3), RowScore("b", 5.0, 5)], {})
-    assert scores.loss() == {"a": 1.0, "b": 1.0}
-    assert scores.tokens() == {"a": 4, "b": 5}
+def test_routing_names_the_decoder_layers_without_experts(setting, tmp_path: Path) -> None:
+    _, tokenizer, conversations = setting
+    model = craft(load(tmp_path / "dense"), PescConfig(num_experts=4, adapter_dim=8, layers=[1]))
+    _, routing = score(model, encode_held_out(conversations, tokenizer))
+    assert routing.num_experts_per_tok == [None, 2]
+    assert all(layers[0] is None and len(layers[1]) == 4 for layers in routing.counts.values())
+    assert score(load(tmp_path / "dense"), encode_held_out(conversations, tokenizer))[1] is None
 
 
-def test_paired_difference_and_its_error() -> None:
-    one = Scores([RowScore("a", 2.0, 2), RowScore("a", 6.0, 2), RowScore("b", 1.0, 1)], {})
-    other = Scores([RowScore("a", 1.0, 2), RowScore("a", 3.0, 2), RowScore("b", 2.0, 1)], {})
-    difference = paired_difference(one, other)
-    assert difference["a"] == pytest.approx((1.0, 0.5))
-    assert difference["b"][0] == -1.0
-    assert math.isnan(difference["b"][1])
+def test_an_answer_that_is_truncated_away_is_left_out(setting) -> None:
+    _, tokenizer, _ = setting
+
+    def conversation(prompt: str) -> dict[str, Any]:
+        return {
+            "domain": "a",
+            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": "yes"}],
+        }
+
+    held_out = encode_held_out([conversation("why"), conversation("why " * 40)], tokenizer, max_length=60)
+    assert (len(held_out.examples), held_out.left_out) == (1, 1)
+    assert all(len(input_ids) <= 60 for input_ids, _ in held_out.tokens)
+    with pytest.raises(ValueError, match="none of 2 held-out examples has an answer within 5 tokens"):
+        encode_held_out([conversation("why")] * 2, tokenizer, max_length=5)
 
 
 def test_answers_in_a_batch_are_those_of_each_prompt_alone(setting) -> None:

@@ -18,20 +18,13 @@ from families import disturb, tokens
 from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
 from pesc.interop.formats import FORMATS, export, import_checkpoint
+from pesc.report.results import read_results, to_json
 from pesc.training.recipe import DataSettings, ModelSettings, OutputSettings
 from published import crafted
+from studies import make_results
 
 GATED = {"adapter_placement": "parallel", "adapter_activation": "swiglu"}
-RESULTS = {
-    "models": [
-        {"name": "base model", "loss": {"chat": 2.5, "code": 1.25}},
-        {"name": "PESC", "loss": {"chat": 2.0, "code": 1.0}},
-    ],
-    "data": {
-        "sources": [{"domain": "chat", "source": "made up", "licence": "CC0"}],
-        "notes": ["math rows that a test holds are left out"],
-    },
-}
+RESULTS = make_results({"chat": -0.5, "code": -0.25})
 
 
 def make_run(folder: Path, **method: str) -> Path:
@@ -56,7 +49,7 @@ def make_run(folder: Path, **method: str) -> Path:
         output=OutputSettings(folder=run),
     )
     recipe.save(run / "recipe.yaml")
-    (run / "results.json").write_text(json.dumps(RESULTS))
+    (run / "results.json").write_text(to_json(RESULTS))
     return run
 
 
@@ -76,7 +69,7 @@ def test_a_run_becomes_a_standalone_folder(part: str, tmp_path: Path) -> None:
     assert pesc.load_tokenizer(out).chat_template == pesc.load_tokenizer(tmp_path / "base").chat_template
     assert (out / "LICENSE").read_text() == "the licence's text"
     assert (out / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
-    assert json.loads((out / "results.json").read_text()) == RESULTS
+    assert read_results(out) == RESULTS
 
 
 def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
@@ -93,8 +86,8 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
     assert body.strip().startswith("# my-model\n")
     for line in (
         "| experts in a layer, of these for each token | 4, 2 |",
-        "| PESC | 2.0000 | 1.0000 |",
-        "- chat: made up (CC0)",
+        "| PESC | 1.3628 | 0.9208 |",
+        "- chat: examples about chat (Apache-2.0)",
         "train: rows.jsonl",
         "## Intended use and limits",
         "The base's: apache-2.0.",

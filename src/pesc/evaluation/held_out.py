@@ -1,8 +1,7 @@
-"""Loss on held-out conversations, by domain, and what the experts did with them."""
+"""Loss on held-out conversations, example by example, and what the experts did with them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,122 +12,92 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pesc.crafting.backbone import watch_routing
 from pesc.data.chat import IGNORE_INDEX, encode_messages
 from pesc.method.routing import Routing
+from pesc.report.results import Example, ExpertCounts
 from pesc.training.loss import summed_loss
 
 
-@dataclass
-class RowScore:
-    """One held-out conversation under one model."""
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out conversations as tokens."""
 
-    domain: str
-    nll: float
-    """Negative log-likelihood of the assistant's tokens, summed, in nats."""
-    tokens: int
-    """The assistant's tokens."""
+    examples: list[Example]
+    tokens: list[tuple[list[int], list[int]]]
+    """(input_ids, labels) of each example, truncated."""
+    left_out: int
+    """Examples that are not scored: truncation leaves nothing of their answers, so they have no loss to compare."""
+    pad_id: int
 
 
-@dataclass
-class Scores:
-    """A model on a set of held-out conversations."""
+def encode_held_out(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int = 2048
+) -> HeldOut:
+    """Tokenize held-out conversations.
 
-    rows: list[RowScore]
-    counts: dict[str, list[torch.Tensor]]
-    """Tokens each expert got, by domain: an [E] int64 tensor for each crafted layer; empty for dense models."""
+    Args:
+        rows: conversations with `messages` and `domain` each; one that `encode_messages` splits is several examples.
+        tokenizer: with a chat template.
+        max_length: tokens of an example; the rest is truncated.
 
-    def loss(self) -> dict[str, float]:
-        """Mean loss of an assistant's token, by domain, in nats."""
-        return {
-            domain: sum(row.nll for row in rows) / sum(row.tokens for row in rows)
-            for domain, rows in _by_domain(self.rows).items()
-        }
-
-    def tokens(self) -> dict[str, int]:
-        """The assistant's tokens, by domain."""
-        return {domain: sum(row.tokens for row in rows) for domain, rows in _by_domain(self.rows).items()}
+    Raises:
+        ValueError: when nothing is left to score.
+    """
+    pairs = [(pair, row["domain"]) for row in rows for pair in encode_messages(row["messages"], tokenizer)]
+    examples, tokens = [], []
+    for (input_ids, labels), domain in pairs:
+        labelled = sum(label != IGNORE_INDEX for label in labels[1:max_length])
+        if labelled:
+            examples.append(Example(domain, labelled))
+            tokens.append((input_ids[:max_length], labels[:max_length]))
+    if not examples:
+        raise ValueError(f"none of {len(pairs)} held-out examples has an answer within {max_length} tokens")
+    return HeldOut(examples, tokens, len(pairs) - len(examples), tokenizer.pad_token_id)
 
 
 @torch.no_grad()
-def score_rows(
+def score(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
+    held_out: HeldOut,
     *,
-    max_length: int = 2048,
     batch_size: int = 8,
     on_batch: Callable[[int], None] = lambda done: None,
-) -> Scores:
-    """Score conversations with teacher forcing.
+) -> tuple[list[float], ExpertCounts | None]:
+    """Score held-out examples with teacher forcing.
 
     Args:
         model: in eval mode.
-        tokenizer: with a chat template.
-        rows: `messages` and `domain` each.
-        max_length: tokens of a row; what lies behind is cut off.
-        batch_size: rows in one forward pass, of like length.
-        on_batch: told the number of rows done so far.
+        held_out: what to score.
+        batch_size: examples in one forward pass, of like length.
+        on_batch: told the number of examples done so far.
 
     Returns:
-        The scores, in the order of `rows`; more than one of a conversation that `encode_messages` splits.
+        The negative log-likelihood of the assistant's tokens of each example, in nats, in the order of the examples;
+        and how often each expert was chosen for all their tokens, None for a dense model.
     """
-    pairs = [(pair, row["domain"]) for row in rows for pair in encode_messages(row["messages"], tokenizer)]
-    encoded, domains = [pair for pair, _ in pairs], [domain for _, domain in pairs]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-    scores: list[RowScore | None] = [None] * len(encoded)
+    order = sorted(range(len(held_out.tokens)), key=lambda i: len(held_out.tokens[i][0]))
+    nll = [0.0] * len(order)
     counts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        input_ids, labels, mask = _pad([encoded[i] for i in chosen], max_length, tokenizer.pad_token_id)
+        input_ids, labels, mask = _pad([held_out.tokens[i] for i in chosen], held_out.pad_id)
         with watch_routing(model) as passes:
             batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-            nll = summed_loss(model, **{name: tensor.to(model.device) for name, tensor in batch.items()})
-        for i, row_nll, row_labels in zip(chosen, nll.tolist(), labels, strict=True):
-            scores[i] = RowScore(domains[i], row_nll, int((row_labels[1:] != IGNORE_INDEX).sum()))
-        _count_experts(passes, mask, [domains[i] for i in chosen], counts)
+            losses = summed_loss(model, **{name: tensor.to(model.device) for name, tensor in batch.items()})
+        for i, loss in zip(chosen, losses.tolist(), strict=True):
+            nll[i] = loss
+        _count_experts(passes, mask, [held_out.examples[i].domain for i in chosen], counts)
         on_batch(start + len(chosen))
-    return Scores([score for score in scores if score is not None], counts)
+    return nll, _by_layer(model, counts)
 
 
-def paired_difference(first: Scores, second: Scores) -> dict[str, tuple[float, float]]:
-    """How much the loss of `first` differs from that of `second`, row by row on the same rows.
-
-    Returns:
-        By domain: (mean over rows of the difference of a row's mean token loss, its standard error); the error is
-        NaN for a single row.
-    """
-    differences: dict[str, list[float]] = {}
-    for one, other in zip(first.rows, second.rows, strict=True):
-        assert (one.domain, one.tokens) == (other.domain, other.tokens)
-        differences.setdefault(one.domain, []).append((one.nll - other.nll) / max(one.tokens, 1))
-    return {domain: _mean_and_error(values) for domain, values in differences.items()}
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
-def _by_domain(rows: Sequence[RowScore]) -> dict[str, list[RowScore]]:
-    found: dict[str, list[RowScore]] = {}
-    for row in rows:
-        found.setdefault(row.domain, []).append(row)
-    return found
-
-
-def _pad(
-    rows: list[tuple[list[int], list[int]]], max_length: int, pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = min(max_length, max(len(ids) for ids, _ in rows))
-    input_ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORE_INDEX)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, (ids, row_labels) in enumerate(rows):
-        length = min(width, len(ids))
-        input_ids[i, :length] = torch.tensor(ids[:length])
-        labels[i, :length] = torch.tensor(row_labels[:length])
-        mask[i, :length] = 1
+def _pad(pairs: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _ in pairs)
+    input_ids = torch.full((len(pairs), width), pad_id)
+    labels = torch.full((len(pairs), width), IGNORE_INDEX)
+    mask = torch.zeros(len(pairs), width, dtype=torch.long)
+    for i, (ids, labelled) in enumerate(pairs):
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        labels[i, : len(ids)] = torch.tensor(labelled)
+        mask[i, : len(ids)] = 1
     return input_ids, labels, mask
 
 
@@ -141,3 +110,19 @@ def _count_experts(
             layers = routing.counts(of_domain.flatten().bool())
             before = counts.get(domain, [torch.zeros_like(layer) for layer in layers])
             counts[domain] = [old + new for old, new in zip(before, layers, strict=True)]
+
+
+def _by_layer(model: PreTrainedModel, counts: dict[str, list[torch.Tensor]]) -> ExpertCounts | None:
+    """The counts by decoder layer, those without experts included."""
+    if not counts:
+        return None
+    depth = model.config.num_hidden_layers
+    settings = model.config.method.for_layers(depth)
+    crafted = {domain: dict(zip(sorted(settings), layers, strict=True)) for domain, layers in counts.items()}
+    return ExpertCounts(
+        num_experts_per_tok=[settings[at].num_experts_per_tok if at in settings else None for at in range(depth)],
+        counts={
+            domain: [layers[at].tolist() if at in layers else None for at in range(depth)]
+            for domain, layers in crafted.items()
+        },
+    )

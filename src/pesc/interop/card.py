@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from pesc.crafting.load import RECIPE, ModelRef
-from pesc.storage.files import read_json
+from pesc.report.results import RESULTS, Results, read_results
 
-RESULTS, CARD = "results.json", "README.md"
+CARD = "README.md"
 
 
 def licence_of(folder: Path) -> str | None:
@@ -28,7 +28,7 @@ def write_card(target: Path, ref: ModelRef) -> None:
     """
     run, config, base_folder = ref.run, ref.config, ref.base.folder
     recipe = _yaml(run / RECIPE) if run else None
-    results = read_json(run / RESULTS) if run and (run / RESULTS).is_file() else None
+    results = read_results(run) if run and (run / RESULTS).is_file() else None
     base = ref.base.name if ref.kind == "adapter" else ""
     matter = _matter(base, base_folder, crafted=ref.pesc_config is not None)
     family = getattr(config, "base_model_type", None) or config.model_type
@@ -111,14 +111,13 @@ def _use() -> str:
     )
 
 
-def _training(recipe: dict[str, Any] | None, results: dict[str, Any] | None) -> str:
+def _training(recipe: dict[str, Any] | None, results: Results | None) -> str:
     if recipe is None:
         return "## Training\n\nNo recipe was found beside the model."
     shown = _without_places(recipe)
     data = f"Data: `{shown.get('data', {}).get('train', 'unknown')}`; every answer of the assistant is trained on."
-    origin = (results or {}).get("data", {})
-    lines = [f"- {s.get('domain')}: {s.get('source')} ({s.get('licence')})" for s in origin.get("sources", [])]
-    lines += [f"- {note}" for note in origin.get("notes", [])]
+    lines = [f"- {s.domain}: {s.source} ({s.licence})" for s in results.sources] if results else []
+    lines += [f"- {note}" for note in results.notes] if results else []
     listed = "\n\n" + "\n".join(lines) if lines else ""
     return f"## Training\n\n{data}{listed}\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
 
@@ -133,14 +132,12 @@ def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _results(results: dict[str, Any] | None) -> str:
+def _results(results: Results | None) -> str:
     if results is None:
         return "## Results\n\nNo results were found beside the model."
-    models = results.get("models") or []
-    domains = sorted({domain for model in models for domain in model.get("loss", {})})
-    rows = [[model.get("name"), *(f"{model['loss'].get(d, float('nan')):.4f}" for d in domains)] for model in models]
-    table = _table(["held-out loss", *domains], rows)
-    return f"## Results\n\n{table}\n\nLoss is nats a token on rows kept out of training; lower is better."
+    rows = [[arm, *(f"{results.losses(arm, d).mean():.4f}" for d in results.domains)] for arm in results.names]
+    table = _table(["held-out loss", *results.domains], rows)
+    return f"## Results\n\n{table}\n\nLoss is nats a token on examples kept out of training; lower is better."
 
 
 def _intended_use(base: str) -> str:

@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from pesc.crafting.load import RECIPE, ModelRef
-from pesc.interop.card import RESULTS, write_card
+from pesc.interop.card import write_card
 from pesc.interop.format import Format
+from pesc.report.results import RESULTS
 from pesc.storage.files import copy_companions
 from pesc.storage.weights import INDEX
 

@@ -1,149 +1,257 @@
-"""The report's charts: matplotlib figures written as SVG whose colours are CSS variables.
+"""The report's charts: one Vega-Lite specification each, drawn as a picture or in the page, in light and in dark.
 
-A figure is drawn in stand-in colours, one per role, and the finished SVG has each replaced by
-`var(--role)`. So the page alone decides what a role looks like, in light and in dark.
+Charts hold no colours. A theme is a Vega-Lite config whose parameters give the roles (`ink`, `better`, …) their values,
+so that the page can draw its charts again when the reader's system turns dark.
 """
 
 from __future__ import annotations
 
-import io
-import re
+import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import altair as alt
 import numpy as np
-from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path as Outline
-from matplotlib.ticker import FixedLocator, MaxNLocator
+import vl_convert
 
 from pesc.report.findings import Comparison
 
-HALF = 10  # colour steps on each side of a heat map's centre
-ROLES = ["ink", "muted", "grid", "dense", "pesc", "better", "worse", "unclear"]
-
-
-ROLES += [f"heat{step}" for step in range(2 * HALF + 1)]
-
-
-STYLE: Any = {  # matplotlib types the keys as literals
-    "svg.fonttype": "none",  # text stays text: it can be selected, and takes the page's font
-    "svg.hashsalt": "pesc",  # the same run gives the same page
-    "text.parse_math": False,  # a domain's name may hold a dollar sign
-    "font.size": 9,
+WIDTH = 960
+SMALL = 440
+ROLES = ["ink", "muted", "card", "better", "worse", "unclear"]
+Spec = dict[str, Any]
+"""A chart as Vega-Lite, without the address of its schema and without a theme."""
+OUTCOMES = ["better", "worse", "unclear", "unmeasured"]
+FONT = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif"
+COLOURS: dict[str, dict[str, Any]] = {
+    "light": {
+        "card": "#fdfdfc",
+        "ink": "#16150f",
+        "muted": "#706e67",
+        "grid": "#e2e0d9",
+        "better": "#17803d",
+        "worse": "#c03434",
+        "unclear": "#706e67",
+        "arms": ["#2a6fc9", "#d9601f", "#7c52b8", "#0b857f", "#b03f78", "#857414"],
+        "diverging": ["#b0302c", "#efeeea", "#174f96"],
+    },
+    "dark": {
+        "card": "#1c1c1a",
+        "ink": "#f1f0ec",
+        "muted": "#a09e95",
+        "grid": "#34332f",
+        "better": "#46b06a",
+        "worse": "#e76a65",
+        "unclear": "#a09e95",
+        "arms": ["#5598ea", "#e5793d", "#a984e0", "#35b3ab", "#dd74a8", "#bda93c"],
+        "diverging": ["#ee7a74", "#33332f", "#79b2f5"],
+    },
 }
 
 
-def colour(role: str) -> str:
-    """The stand-in colour of a role."""
-    return f"#00{ROLES.index(role):02x}fe"
+def theme(name: str) -> dict[str, Any]:
+    """A Vega-Lite config.
+
+    Args:
+        name: light or dark.
+    """
+    colours = COLOURS[name]
+    ink, muted, grid = colours["ink"], colours["muted"], colours["grid"]
+    text = {"labelColor": muted, "titleColor": muted, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
+    return {
+        "background": colours["card"],
+        "font": FONT,
+        "params": [{"name": role, "value": colours[role]} for role in ROLES]
+        + [{"name": "first", "value": colours["arms"][0]}],
+        "range": {"category": colours["arms"], "diverging": colours["diverging"]},
+        "view": {"stroke": None},
+        "axis": {**text, "gridColor": grid, "domain": False, "ticks": False, "labelPadding": 6, "titlePadding": 8},
+        "legend": {
+            **text,
+            "labelColor": ink,
+            "orient": "top",
+            "symbolType": "stroke",
+            "symbolOpacity": 1,
+            "symbolStrokeWidth": 3,
+            "gradientLength": 160,
+        },
+        "header": {**text, "labelColor": ink, "labelFontSize": 13, "labelFontWeight": 600},
+        "title": {"color": ink, "fontSize": 14, "anchor": "start"},
+    }
 
 
-def loss_chart(curves: Sequence[tuple[str, str, np.ndarray, np.ndarray]]) -> Markup:
-    """Training loss over tokens; each curve is (name, role, tokens, loss), raw thin and smoothed bold."""
-    with rc_context(STYLE):
-        figure, axes = _blank(9.6, 3.6, "training tokens", "loss")
-        for name, role, tokens, loss in curves:
-            axes.plot(tokens, loss, color=colour(role), linewidth=0.8, alpha=0.35)
-            axes.plot(
-                tokens,
-                smooth(loss),
-                color=colour(role),
-                linewidth=2,
-                label=name,
-                marker="o" if len(loss) < 2 else None,
-            )
-        _plain_tokens(axes)
-        axes.legend(
-            frameon=False,
-            labelcolor=colour("ink"),
-            loc="lower right",
-            ncols=len(curves),
-            bbox_to_anchor=(1, 1),
-            borderaxespad=0,
+def picture(spec: Spec, name: str = "light", scale: float = 1.5) -> bytes:
+    """A chart as PNG.
+
+    Args:
+        spec: the chart.
+        name: of the theme.
+        scale: pixels for each of the page's.
+    """
+    return vl_convert.vegalite_to_png(spec, config=theme(name), scale=scale)
+
+
+@cache
+def library() -> str:
+    """The JavaScript that draws the charts in a page, without a network."""
+    return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
+
+
+def for_page(spec: Spec) -> Spec:
+    """A chart that is as wide as its place in the page, unless it is a row of maps."""
+    return spec | {"width": "container"} if "width" in spec else spec
+
+
+def stacked(specs: Sequence[Spec], title: str) -> Spec:
+    """Charts one above the other, as one picture."""
+    return {"title": title, "vconcat": list(specs), "spacing": 28, "resolve": {"scale": {"color": "independent"}}}
+
+
+def forest(comparisons: Sequence[Comparison], edge: float) -> Spec:
+    """The difference on each domain with its interval, and of each seed alone where there are several.
+
+    Args:
+        comparisons: of one pair of arms.
+        edge: the axis goes from -edge to edge.
+    """
+    first, domains = comparisons[0].first, [case.domain for case in comparisons]
+    rows = [_forest_row(case) for case in comparisons]
+    seeds = [
+        {"domain": case.domain, "mean": finite(mean)}
+        for case in comparisons
+        for mean in case.estimate.by_seed
+        if case.estimate.num_seeds > 1
+    ]
+    across = alt.Y("domain:N", title=None).scale(domain=domains).axis(labelColor=_role("ink"), labelFontSize=13)
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        y=across,
+        color=alt.Color("outcome:N", legend=None).scale(
+            domain=OUTCOMES, range=[_role(role) for role in ("better", "worse", "unclear", "unclear")]
+        ),
+        tooltip=["domain:N", "difference:N", "interval:N", "outcome:N"],
+    )
+    second = comparisons[0].second
+    title = [f"loss of {first} less that of {second}, nats a token", f"\u2190 {first} better\u2003\u2003worse \u2192"]
+    axis = alt.X("mean:Q", title=title).scale(domain=[-edge, edge], nice=False).axis(tickCount=7, format="+.2~f")
+    single = alt.Chart(alt.Data(values=seeds)).mark_tick(color=_role("muted"), thickness=2, height=16)
+    layers = [
+        _rule(x=alt.datum(0)),
+        base.mark_rule(strokeWidth=3, strokeCap="round").encode(x=alt.X("low:Q"), x2="high:Q"),
+        single.encode(x="mean:Q", y=across),
+        base.mark_point(filled=True, size=110, opacity=1).encode(x=axis),
+        base.transform_filter("datum.outcome == 'unmeasured'")
+        .mark_text(align="left", dx=8)
+        .encode(x=alt.datum(0), text=alt.value("not finite")),
+    ]
+    return spec_of(alt.layer(*layers), width=WIDTH, height=44 * len(domains), description=title[0])
+
+
+def _forest_row(case: Comparison) -> dict[str, Any]:
+    estimate = case.estimate
+    low, high = (finite(edge) for edge in (estimate.low, estimate.high))
+    return {
+        "domain": case.domain,
+        "mean": finite(estimate.mean),
+        "low": low,
+        "high": high,
+        "outcome": case.outcome,
+        "difference": f"{estimate.mean:+.4f}",
+        "interval": f"{estimate.low:+.4f} to {estimate.high:+.4f}",
+    }
+
+
+def curves(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], label: str, even: float | None = None) -> Spec:
+    """Curves over training tokens: raw values thin, smoothed ones bold.
+
+    Hovering shows the numbers; a click in the legend leaves one arm.
+
+    Args:
+        rows: `arm`, `run`, `tokens`, `raw` and `smooth` each.
+        arms: all trained arms, in order, so that an arm has one colour in every chart.
+        label: of the vertical axis.
+        even: height of a dashed line, in a chart of half the width.
+    """
+    picked = alt.selection_point(name="picked", fields=["arm"], bind="legend")
+    near = alt.selection_point(name="near", nearest=True, on="pointerover", clear="pointerout", empty=False)
+    base = alt.Chart(alt.Data(values=list(rows))).encode(
+        x=alt.X("tokens:Q", title="training tokens").axis(format=",d", tickCount=5, grid=False),
+        color=_colour(rows, arms),
+        detail="run:N",
+    )
+    scale = alt.Scale(domain=_span([*(row["raw"] for row in rows), even]), nice=False)
+    raw, up = (alt.Y(f"{field}:Q", title=label, scale=scale).axis(tickCount=5) for field in ("raw", "smooth"))
+    exact = [alt.Tooltip(f"{field}:Q", title=f"{label}, {field}", format=".4f") for field in ("raw", "smooth")]
+    layers = [
+        base.mark_line(strokeWidth=1).encode(
+            y=raw, opacity=alt.when(picked).then(alt.value(0.3)).otherwise(alt.value(0.05))
+        ),
+        base.mark_line(strokeWidth=2.5, point=len(rows) < 3).encode(
+            y=up, opacity=alt.when(picked).then(alt.value(1)).otherwise(alt.value(0.1))
+        ),
+        base.mark_point(filled=True, size=70)
+        .encode(
+            y=up,
+            opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)),
+            tooltip=["run:N", alt.Tooltip("tokens:Q", format=",d"), *exact],
         )
-        return _svg(figure, "loss")
+        .add_params(picked, near),
+    ]
+    if even is not None:
+        layers.append(_rule(y=alt.datum(even)).mark_rule(strokeDash=[4, 3], color=_role("muted")))
+    width = WIDTH if even is None else SMALL
+    return spec_of(alt.layer(*layers), width=width, height=300 if even is None else 200, description=label)
 
 
-def line_chart(name: str, label: str, tokens: np.ndarray, values: np.ndarray, even: float) -> Markup:
-    """One curve of the router over tokens, with a dashed line where perfectly even use would be."""
-    with rc_context(STYLE):
-        figure, axes = _blank(4.7, 2.6, "training tokens", label)
-        axes.axhline(even, color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot(tokens, values, color=colour("pesc"), linewidth=1.6, marker="o" if len(values) < 2 else None)
-        _plain_tokens(axes)
-        low, high = axes.get_ylim()
-        if high - low < 0.05:  # a flat curve must not be blown up into a dramatic one
-            axes.set_ylim((low + high) / 2 - 0.025, (low + high) / 2 + 0.025)
-        return _svg(figure, name)
+def load_map(rows: Sequence[Mapping[str, Any]], num_layers: int, limit: float) -> Spec:
+    """Expert load by domain, layer and expert, on a log scale: half and double lie equally far from even.
+
+    Args:
+        rows: `domain`, `layer`, `expert`, `share` and `load` (1 is even) each.
+        num_layers: of the model; layers without experts stay empty.
+        limit: the scale goes from 2 ** -limit to 2 ** limit; what lies beyond has the colours of its ends.
+    """
+    logs = [{**row, "value": max(-limit, min(limit, math.log2(max(row["load"], 1e-9))))} for row in rows]
+    colour = alt.Color("value:Q", title="load, 1\u00d7 is even", scale=_diverging(limit)).legend(
+        labelExpr="format(pow(2, datum.value), '.2~f') + '\u00d7'", values=[-limit, 0, limit]
+    )
+    load = [alt.Tooltip("share:Q", format=".1%"), alt.Tooltip("load:Q", title="times even", format=".2f")]
+    return _map(logs, num_layers, colour, load, "expert load")
 
 
-def forest_chart(comparisons: Sequence[Comparison], clear: float) -> Markup:
-    """Paired loss difference per domain with its interval; left of zero is better for PESC."""
-    with rc_context(STYLE):
-        height = 0.8 + 0.42 * len(comparisons)
-        figure, axes = _blank(9.6, height, "loss of PESC \u2212 loss of dense + LoRA", "")
-        axes.axvline(0, color=colour("ink"), linewidth=1)
-        spots = range(len(comparisons))
-        for spot, case in zip(spots, comparisons, strict=True):
-            if not np.isfinite(case.mean):
-                axes.text(0, spot, "  not finite", color=colour("muted"), va="center")
-                continue
-            reach = clear * case.error if np.isfinite(case.error) else 0.0
-            role = colour(case.outcome)
-            axes.plot(
-                [case.mean - reach, case.mean + reach],
-                [spot, spot],
-                color=role,
-                linewidth=2,
-                solid_capstyle="round",
-            )
-            axes.plot([case.mean], [spot], "o", color=role, markersize=7)
-        edge = max([abs(edge) for edge in axes.get_xlim()] + [1e-3])
-        axes.set_xlim(-edge, edge)
-        axes.set_ylim(len(comparisons) - 0.5, -0.8)
-        axes.set_yticks(list(spots), [case.domain for case in comparisons], color=colour("ink"))
-        for x, side, text in ((0.01, "left", "\u2190 PESC better"), (0.99, "right", "PESC worse \u2192")):
-            axes.text(x, 1.0, text, transform=axes.transAxes, ha=side, va="bottom", color=colour("muted"))
-        return _svg(figure, "forest")
+def shift_map(rows: Sequence[Mapping[str, Any]], num_layers: int, limit: float) -> Spec:
+    """Share of each expert on a domain less its mean share over the domains.
+
+    Args:
+        rows: `domain`, `layer`, `expert`, `share` and `shift` each.
+        num_layers: as of `load_map`.
+        limit: the scale goes from -limit to limit; what lies beyond has the colours of its ends.
+    """
+    cut = [{**row, "value": max(-limit, min(limit, row["shift"]))} for row in rows]
+    colour = alt.Color("value:Q", title="share less the average domain's", scale=_diverging(limit)).legend(
+        format="+.1%", values=[-limit, 0, limit]
+    )
+    shift = [alt.Tooltip("share:Q", format=".1%"), alt.Tooltip("shift:Q", title="less average", format="+.1%")]
+    return _map(cut, num_layers, colour, shift, "shift of expert shares")
 
 
-def heat_map(name: str, rows: Mapping[int, np.ndarray], num_layers: int, limit: float) -> Markup:
-    """Layers down, experts across. Values run from -limit to limit around the centre; beyond is clipped."""
-    width = max(len(row) for row in rows.values())
-    cells: dict[int, list[tuple[int, int]]] = {}
-    for layer, row in rows.items():
-        for expert, value in enumerate(row):
-            step = HALF + round(float(np.clip(value / limit, -1, 1)) * HALF)
-            cells.setdefault(step, []).append((expert, layer))
-    with rc_context(STYLE):
-        figure, axes = _blank(3.3, 0.75 + min(max(0.15 * num_layers, 0.8), 12), "expert", "layer")
-        for step, spots in sorted(cells.items()):
-            # One path per colour, not per cell: the page stays small with many experts.
-            axes.add_patch(PathPatch(_tiles(spots), facecolor=colour(f"heat{step}"), linewidth=0))
-        axes.set_xlim(-0.5, width - 0.5)
-        axes.set_ylim(num_layers - 0.5, -0.5)
-        axes.xaxis.set_major_locator(_whole(width))
-        axes.yaxis.set_major_locator(_whole(num_layers))
-        axes.grid(False)
-        axes.spines["bottom"].set_visible(False)
-        return _svg(figure, name)
+def divergence(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], num_layers: int) -> Spec:
+    """How much one routed choice tells about the domain, by layer, with a dash at what chance alone would give.
 
-
-def bar_chart(name: str, bars: Mapping[int, float], num_layers: int, floor: float, label: str) -> Markup:
-    """One bar per layer, with a dashed line at `floor`, what chance alone would give."""
-    with rc_context(STYLE):
-        figure, axes = _blank(9.6, 2.5, "layer", label)
-        axes.bar(list(bars), list(bars.values()), width=0.72, color=colour("pesc"), linewidth=0)
-        axes.axhline(floor, color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlim(-0.6, num_layers - 0.4)
-        axes.set_ylim(0, max(max(bars.values()), floor, 1e-6) * 1.1)
-        axes.xaxis.set_major_locator(_whole(num_layers))
-        axes.grid(False, axis="x")
-        return _svg(figure, name)
+    Args:
+        rows: `arm`, `run`, `layer`, `bits` and `noise` each.
+        arms: as of `curves`.
+        num_layers: of the model.
+    """
+    layer = alt.X("layer:O", sort=None, axis=_ticks(num_layers)).scale(domain=list(range(num_layers)))
+    base = alt.Chart(alt.Data(values=list(rows))).encode(x=layer, xOffset=alt.XOffset("run:N", sort=None))
+    bars = base.mark_bar().encode(
+        y=alt.Y("bits:Q", title="bits"),
+        color=_colour(rows, arms),
+        tooltip=["run:N", "layer:O", alt.Tooltip("bits:Q", format=".4f"), alt.Tooltip("noise:Q", format=".4f")],
+    )
+    noise = base.mark_tick(color=_role("ink"), thickness=1.5, orient="horizontal").encode(y="noise:Q")
+    return spec_of(alt.layer(bars, noise), width=WIDTH, height=190, description="divergence between domains")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -159,48 +267,65 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _blank(width: float, height: float, across: str, up: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("none")
-    axes.grid(color=colour("grid"), linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(colour("grid"))
-    axes.tick_params(length=0, labelcolor=colour("muted"))
-    axes.set_xlabel(across, color=colour("muted"))
-    axes.set_ylabel(up, color=colour("muted"))
-    return figure, axes
+def finite(value: float, digits: int = 6) -> float | None:
+    """A number that JSON can hold, short; None for what is not finite, which a chart leaves out."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def _plain_tokens(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+def _map(
+    rows: list[dict[str, Any]], num_layers: int, colour: alt.Color, tooltip: list[alt.Tooltip], description: str
+) -> Spec:
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    experts = list(range(1 + max(row["expert"] for row in rows)))
+    columns = min(len(domains), max(1, WIDTH // (len(experts) * 10 + 60)), 4)
+    step = max(8, min(32, (WIDTH // columns - 60) // len(experts)))
+    cells = alt.Chart(alt.Data(values=rows)).mark_rect(strokeWidth=1, stroke=_role("card"))
+    cells = cells.encode(
+        x=alt.X("expert:O", axis=_ticks(len(experts))).scale(domain=experts),
+        y=alt.Y("layer:O", axis=_ticks(num_layers)).scale(domain=list(range(num_layers))),
+        color=colour,
+        tooltip=["domain:N", "layer:O", "expert:O", *tooltip],
+    )
+    cells = cells.properties(width=alt.Step(step), height=alt.Step(max(6, min(16, 600 // num_layers))))
+    facets = cells.facet(facet=alt.Facet("domain:N", sort=domains, title=None), columns=columns)
+    return spec_of(facets, description=f"{description}, by domain, layer and expert")
 
 
-def _whole(count: int) -> FixedLocator:
-    return FixedLocator(range(0, count, 1 if count <= 12 else 5 if count <= 50 else 10))
+def _colour(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> alt.Color:
+    """Of each arm the same in every chart; a legend where a chart shows several."""
+    shown = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
+    colour = alt.Color("arm:N", title=None).scale(domain=list(arms))
+    return colour.legend(values=shown) if len(shown) > 1 else colour.legend(None)
 
 
-def _tiles(spots: Sequence[tuple[int, int]]) -> Outline:
-    corners = np.array([(-0.47, -0.46), (0.47, -0.46), (0.47, 0.46), (-0.47, 0.46), (-0.47, -0.46)])
-    vertices = (np.array(spots, dtype=float)[:, None, :] + corners).reshape(-1, 2)
-    codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(spots)
-    return Outline(vertices, codes)
+def spec_of(chart: alt.TopLevelMixin, **properties: Any) -> Spec:
+    """A chart as a specification, with these of its properties changed."""
+    # Unchecked: tests have Vega draw every chart, and checking takes longer than drawing.
+    spec = chart.properties(**properties).to_dict(validate=False)
+    del spec["$schema"], spec["config"]
+    return spec
 
 
-def _svg(figure: Figure, name: str) -> Markup:
-    """The figure as an element to put into a page: ids made unique, colours made variables."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<(metadata|defs)>\s*<(rdf:RDF|style).*?</\1>", "", text, flags=re.DOTALL)
-    head, rest = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
-    assert box is not None
-    rest = re.sub(r'(\bid="|xlink:href="#|url\(#)', lambda found: f"{found[0]}{name}-", rest)
-    rest = rest.replace("xlink:href", "href")
-    rest = re.sub(r"#00([0-9a-f]{2})fe", lambda found: f"var(--{ROLES[int(found[1], 16)]})", rest)
-    return Markup(f'<svg {box[0]} role="img" class="chart">{rest}')
+def _diverging(limit: float) -> alt.Scale:
+    return alt.Scale(domain=[-limit, 0, limit], range="diverging", interpolate="lab")
+
+
+def _ticks(number: int) -> alt.Axis:
+    step = 1 if number <= 12 else 5 if number <= 50 else 10
+    return alt.Axis(values=list(range(0, number, step)), labelAngle=0)
+
+
+def _rule(**encoding: Any) -> alt.Chart:
+    return alt.Chart(alt.Data(values=[{}])).mark_rule(color=_role("ink")).encode(**encoding)
+
+
+def _role(name: str) -> alt.ExprRef:
+    return alt.ExprRef(name)
+
+
+def _span(values: Sequence[float | None], least: float = 0.05) -> list[float]:
+    """Lowest and highest value, a little apart; a flat curve must not be blown up into a dramatic one."""
+    known = [value for value in values if value is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    margin = max(0.03 * (high - low), (least - (high - low)) / 2)
+    return [low - margin, high + margin]

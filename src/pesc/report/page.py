@@ -1,7 +1,8 @@
-"""A finished demo run as one self-contained page: `write_report(run)` makes `run/report.html`."""
+"""A study as one self-contained page with charts to touch, and its charts as pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,181 +10,209 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-from pesc.report import charts, findings
-from pesc.report.results import BASE, DENSE, PAIR, PESC, Results, Routing, Run, read_run
+from pesc.report import charts, findings, specialisation
+from pesc.report.charts import Spec
+from pesc.report.findings import Comparison
+from pesc.report.results import Metrics, Results, Run, read_metrics, read_results
 
-SETUP_LABELS = {
-    "model": "dense model",
-    "num_experts": "experts",
-    "num_experts_per_tok": "experts per token",
-    "adapter_dim": "adapter size",
-    "lora_r": "LoRA rank",
-    "steps": "steps",
-    "tokens": "training tokens",
-    "seed": "seed",
-    "seconds": "seconds",
-    "peak_memory_gb": "peak memory (GB)",
-    "machine": "machine",
-}
+PAGE, PICTURES, OVERVIEW = "report.html", "report", "overview"
+Curves = Sequence[tuple[Run, Metrics]]
 
 
-def write_report(run: Path) -> Path:
-    """Read the files of a finished run, write `report.html` beside them and return its path.
+def write_report(folder: Path) -> Path:
+    """Draw what a study has measured so far.
 
-    A missing file is a FileNotFoundError, a malformed one a ValueError; both name the file and what is
-    missing or wrong in it.
+    Args:
+        folder: holds results.json; gets report.html, and a picture of each chart in report/.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_results` and `read_metrics` do.
     """
-    page = render(read_run(run))
-    target = run / "report.html"
-    target.write_text(page, encoding="utf-8")
-    return target
+    results = read_results(folder)
+    curves = [(run, read_metrics(folder / run.folder)) for run in results.runs if run.measured.training]
+    drawn = dict(make_charts(results, curves))
+    (folder / PAGE).write_text(render(results, curves, drawn), encoding="utf-8")
+    shown = [drawn[name] for name in ("verdict-0", "losses", "load-0") if name in drawn]
+    overview = {OVERVIEW: charts.stacked(shown, findings.headline(results))} if shown else {}
+    _pictures(folder / PICTURES, drawn | overview)
+    return folder / PAGE
 
 
-def render(run: Run) -> str:
+def _pictures(folder: Path, drawn: Mapping[str, Spec]) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, chart in drawn.items():
+        (folder / f"{name}.png").write_bytes(charts.picture(chart))
+
+
+def render(results: Results, curves: Curves, drawn: Mapping[str, Spec]) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=findings.number, signed=findings.signed, millions=findings.millions)
+    environment.filters.update(number=findings.number, signed=findings.signed, count=findings.count)
     template = resources.files("pesc.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    comparisons = findings.compare(run.results)
     return environment.from_string(template).render(
-        title=f"PESC on {run.results.setup['model']}",
-        headline=findings.headline(comparisons),
-        comparisons=comparisons,
-        forest=charts.forest_chart(comparisons, findings.CLEAR),
-        lead=[findings.against_base(run.results), findings.cost(run.results)],
-        caveats=findings.caveats(run.results),
-        results=run.results,
-        base=run.results.model(BASE),
-        pairs=_pairs(run.results),
-        setup=_setup(run.results.setup),
-        answers=_answers(run),
-        steps=range(2 * charts.HALF + 1),
-        half=charts.HALF,
-        **_curves(run),
-        **_heat(run.routing),
-        **_differing(run),
+        title=f"PESC on {results.model}",
+        headline=findings.headline(results),
+        lead=[text for text in (findings.against_base(results), findings.cost(results)) if text],
+        verdicts=[(name, findings.verdict(cases), cases) for name, cases in _verdicts(results)],
+        results=results,
+        losses=_losses(results),
+        pairs=[findings.compare(results, *pair) for pair in results.comparisons],
+        curve_notes=findings.curve_notes(results, curves),
+        routed=_routed(results, curves),
+        most=np.log2(len(results.domains)),
+        answers=_answers(results),
+        caveats=findings.caveats(results),
+        settings=_settings(results),
+        charts={name: charts.for_page(chart) for name, chart in drawn.items()},
+        themes={name: charts.theme(name) for name in charts.COLOURS},
+        colours=charts.COLOURS,
+        library=charts.library(),
     )
 
 
-def _pairs(results: Results) -> list[tuple[str, dict[str, tuple[float, float, str]]]]:
-    """Every paired difference of the results, the one that matters first."""
-    order = sorted(results.differences, key=lambda pair: pair != PAIR)
+def make_charts(results: Results, curves: Curves) -> Iterator[tuple[str, Spec]]:
+    """Every chart of the page by the id of its place there."""
+    arms = list(dict.fromkeys(run.arm for run, _ in curves))
+    verdicts = list(_verdicts(results))
+    edges = [abs(edge) for _, cases in verdicts for c in cases for edge in (c.estimate.low, c.estimate.high)]
+    edge = 1.05 * max([value for value in edges if np.isfinite(value)] + [1e-3])
+    for name, cases in verdicts:
+        yield name, charts.forest(cases, edge)
+    if curves:
+        yield "losses", charts.curves(_curve_rows(results, curves, "loss"), arms, "loss")
+    for field, label in (("load_entropy", "load entropy"), ("aux_loss", "balance loss / even")):
+        rows = _curve_rows(results, [(run, m) for run, m in curves if np.isfinite(m[field]).any()], field)
+        if rows:
+            yield field, charts.curves(rows, arms, label, even=1.0)
+    for index, run in enumerate(_shown(results)):
+        yield from _maps(run, index)
+    rows = [row for run in _routed_runs(results) for row in _divergence_rows(results, run)]
+    if rows:
+        yield "divergence", charts.divergence(rows, arms, 1 + max(row["layer"] for row in rows))
+
+
+def _verdicts(results: Results) -> Iterator[tuple[str, list[Comparison]]]:
+    """The comparisons of two trained arms; that training helps is a matter of the table."""
+    trained = {run.arm for run in results.runs if run.measured.training}
+    pairs = [pair for pair in results.comparisons if trained.issuperset(pair)]
+    for index, pair in enumerate(pairs):
+        yield f"verdict-{index}", findings.compare(results, *pair)
+
+
+def _losses(results: Results) -> list[dict[str, Any]]:
+    """A row for each arm: its losses, and how far they lie from the first arm's."""
+    base = {domain: results.losses(results.names[0], domain).mean() for domain in results.domains}
+    rows = []
+    for arm in results.names:
+        losses = {domain: results.losses(arm, domain) for domain in results.domains}
+        cells = [(findings.over_seeds(loss), loss.mean() - base[domain]) for domain, loss in losses.items()]
+        rows.append({"arm": arm, "cells": cells, "parameters": results.of(arm)[0].measured.parameters})
+    return rows
+
+
+def _curve_rows(results: Results, curves: Curves, field: str) -> list[dict[str, Any]]:
+    rows = []
+    for run, metrics in curves:
+        values = metrics[field]
+        if field == "aux_loss" and (routing := run.measured.routing):
+            values = values / max(1, sum(chosen for chosen in routing.num_experts_per_tok if chosen))
+        names = {"arm": run.arm, "run": findings.label(results, run)}
+        columns = zip(metrics["tokens"], values, charts.smooth(values), strict=True)
+        for at, raw, smooth in columns:
+            if np.isfinite(at):
+                rows.append({**names, "tokens": int(at), "raw": charts.finite(raw), "smooth": charts.finite(smooth)})
+    return rows
+
+
+def _routed_runs(results: Results) -> list[Run]:
+    """The runs whose routers have a choice."""
+    return [run for run in results.runs if run.measured.routing and run.measured.routing.layers]
+
+
+def _shown(results: Results) -> list[Run]:
+    """Of each arm with a choice of experts its first run: experts of different seeds have nothing in common."""
+    return list({run.arm: run for run in reversed(_routed_runs(results))}.values())[::-1]
+
+
+def _maps(run: Run, index: int) -> Iterator[tuple[str, Spec]]:
+    routing = run.measured.routing
+    assert routing is not None
+    rows: list[dict[str, Any]] = []
+    for domain in routing.counts:
+        loads, shifts = specialisation.loads_of(routing, domain), specialisation.shifts_of(routing, domain)
+        for layer in routing.layers:
+            for expert, (load, shift) in enumerate(zip(loads[layer], shifts[layer], strict=True)):
+                numbers = {"share": load / len(loads[layer]), "load": load, "shift": shift}
+                place = {"domain": domain, "layer": layer, "expert": expert}
+                rows.append(place | {key: charts.finite(value, 4) for key, value in numbers.items()})
+    depth = len(routing.num_experts_per_tok)
+    with np.errstate(divide="ignore"):
+        spread = np.abs(np.log2([row["load"] for row in rows]))
+    # A few dead experts (log of 0) must not decide the scale of all the others.
+    limit = next((size for size in (0.5, 1.0, 2.0) if np.quantile(spread, 0.95, method="lower") <= size), 3.0)
+    yield f"load-{index}", charts.load_map(rows, depth, limit)
+    if len(routing.counts) > 1:
+        most = float(np.quantile(np.abs([row["shift"] for row in rows]), 0.98))
+        yield f"shift-{index}", charts.shift_map(rows, depth, max(most, 0.01))
+
+
+def _divergence_rows(results: Results, run: Run) -> list[dict[str, Any]]:
+    routing = run.measured.routing
+    assert routing is not None
+    if len(routing.counts) < 2:
+        return []
+    found = specialisation.specialisation(routing)
+    names = {"arm": run.arm, "run": findings.label(results, run)}
     return [
-        (
-            pair.replace(" - ", " \u2212 "),
+        {**names, "layer": layer, "bits": charts.finite(bits, 4), "noise": charts.finite(found.noise[layer], 4)}
+        for layer, bits in found.bits.items()
+    ]
+
+
+def _routed(results: Results, curves: Curves) -> list[dict[str, Any]]:
+    """What is said and drawn of each arm with a choice of experts."""
+    found = []
+    for index, run in enumerate(_shown(results)):
+        routing = run.measured.routing
+        assert routing is not None
+        metrics = next((columns for other, columns in curves if other is run), None)
+        several = len(routing.counts) > 1
+        found.append(
             {
-                domain: (mean, error, findings.outcome(mean, error, results.held_out_rows[domain]))
-                for domain, (mean, error) in results.differences[pair].items()
-            },
+                "index": index,
+                "label": findings.label(results, run),
+                "load_notes": specialisation.load_notes(run, metrics),
+                "notes": specialisation.notes(routing) if several else None,
+                "plain_layers": [layer for layer, k in enumerate(routing.num_experts_per_tok) if k is None],
+                "shares": {
+                    domain: [(layer, [f"{s:.1%}" for s in routing.shares(domain, layer)]) for layer in routing.layers]
+                    for domain in routing.counts
+                },
+            }
         )
-        for pair in order
-    ]
+    return found
 
 
-def _setup(setup: dict[str, Any]) -> list[tuple[str, str]]:
-    known = [key for key in SETUP_LABELS if key in setup]
-    return [
-        (SETUP_LABELS.get(key, key), _shown(setup[key]))
-        for key in [*known, *(key for key in setup if key not in SETUP_LABELS)]
-    ]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(_shown(inner) for inner in value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
-
-
-def _answers(run: Run) -> list[dict[str, Any]]:
-    """The answers with their columns; the first of each domain is shown unfolded."""
+def _answers(results: Results) -> list[dict[str, Any]]:
+    """The questions with an answer of each arm's first run; the first question of each domain is shown unfolded."""
     seen: set[str] = set()
-    shown: list[dict[str, Any]] = []
-    for answer in run.answers:
-        columns = [
-            ("reference", answer["reference"]),
-            (BASE, answer["base"]),
-            (DENSE, answer["dense"]),
-            (PESC, answer["pesc"]),
-        ]
-        shown.append({**answer, "columns": columns, "open": answer["domain"] not in seen})
-        seen.add(answer["domain"])
+    shown = []
+    for index, question in enumerate(results.questions):
+        answers = [(arm, results.of(arm)[0].measured.answers[index]) for arm in results.names]
+        columns = [("reference", question.reference), *answers]
+        shown.append({"question": question, "columns": columns, "open": question.domain not in seen})
+        seen.add(question.domain)
     return shown
 
 
-def _curves(run: Run) -> dict[str, Any]:
-    least = sum(run.routing.num_experts_per_tok[layer] for layer in run.routing.sparse_layers)
-    tokens, aux = run.pesc["tokens"], run.pesc["aux_loss"] / least
-    return {
-        "loss_curves": charts.loss_chart(
-            [
-                (DENSE, "dense", run.dense["tokens"], run.dense["loss"]),
-                (PESC, "pesc", tokens, run.pesc["loss"]),
-            ]
-        ),
-        "balance_curve": charts.line_chart("balance", "balance", tokens, run.pesc["balance"], 1.0),
-        "aux_curve": charts.line_chart("aux", "balance loss / even", tokens, aux, 1.0),
-        "curve_notes": findings.curve_notes(run),
-        "balance_notes": findings.balance_notes(run.pesc, run.routing),
-        "speeds": [
-            (name, float(np.nanmedian(metrics["tokens_per_second"])))
-            for name, metrics in ((DENSE, run.dense), (PESC, run.pesc))
-            if np.isfinite(metrics["tokens_per_second"]).any()
-        ],
-    }
-
-
-def _heat(routing: Routing) -> dict[str, Any]:
-    """A map per domain of load against even load, on a log scale: half and double lie equally far from 1."""
-    with np.errstate(divide="ignore"):
-        logs = {
-            domain: {layer: np.log2(load) for layer, load in findings.loads_of(routing, domain).items()}
-            for domain in routing.shares
-        }
-    spread = np.abs(np.concatenate([row for rows in logs.values() for row in rows.values()]))
-    # A few dead experts (log of 0) must not decide the scale of all the others.
-    limit = next((size for size in (0.5, 1.0, 2.0) if np.quantile(spread, 0.95, method="lower") <= size), 3.0)
-    plain = [layer for layer in range(routing.num_layers) if layer not in routing.sparse_layers]
-    return {
-        "heat_maps": [
-            (domain, charts.heat_map(f"heat{index}", rows, routing.num_layers, limit))
-            for index, (domain, rows) in enumerate(logs.items())
-        ],
-        "heat_scale": [f"\u2264 {2**-limit:.3g}\u00d7", "even", f"\u2265 {2**limit:.3g}\u00d7"],
-        "plain_layers": plain,
-        "share_tables": {
-            domain: [(layer, [f"{share:.1%}" for share in row]) for layer, row in enumerate(rows) if row is not None]
-            for domain, rows in routing.shares.items()
-        },
-    }
-
-
-def _differing(run: Run) -> dict[str, Any]:
-    """Where the domains part; nothing to show with one domain."""
-    routing = run.routing
-    if len(routing.shares) < 2:
-        return {
-            "shift_maps": [],
-            "shift_scale": [],
-            "divergence": None,
-            "divergence_most": 0.0,
-            "divergence_notes": "",
-        }
-    found = findings.specialisation(routing, run.results.held_out_tokens)
-    shifts = {domain: findings.shifts_of(routing, domain) for domain in routing.shares}
-    spread = np.abs(np.concatenate([row for rows in shifts.values() for row in rows.values()]))
-    limit = max(float(np.quantile(spread, 0.98)), 0.01)
-    points = f"{100 * limit:.1f} points"
-    return {
-        "shift_maps": [
-            (domain, charts.heat_map(f"shift{index}", rows, routing.num_layers, limit))
-            for index, (domain, rows) in enumerate(shifts.items())
-        ],
-        "shift_scale": [f"\u2264 \u2212{points}", "average", f"\u2265 +{points}"],
-        "divergence": charts.bar_chart("divergence", found.bits, routing.num_layers, found.noise, "bits"),
-        "divergence_most": found.most,
-        "divergence_notes": findings.specialisation_notes(found, len(routing.shares)),
-    }
+def _settings(results: Results) -> dict[str, dict[str, str]]:
+    """Settings of the trained arms by name: a value for each arm, or one for all under the empty name."""
+    trained = [arm for arm in results.arms if arm.settings]
+    found: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(key for arm in trained for key in arm.settings):
+        values = {arm.name: arm.settings.get(key, "\u2013") for arm in trained}
+        found[key] = {"": next(iter(values.values()))} if len(set(values.values())) == 1 else values
+    return found

