@@ -18,7 +18,7 @@ from pesc.config import PescConfig
 from pesc.demo.demo import DENSE, PESC, Stages, demo_mixture, demo_study
 from pesc.report import findings
 from pesc.report.results import Results
-from pesc.study.study import Arm, Study, run_study
+from pesc.study.study import Study, StudyArm, run_study
 from pesc.training.recipe import LoraSettings
 
 WIDE_LORA, ADAPTER = "dense + LoRA r 74", "LoRA r 16 and one adapter of 512"
@@ -33,7 +33,10 @@ def equal_size_study(folder: Path, seeds: list[int]) -> Study:
     adapter = replace(
         pesc.recipe, pesc=PescConfig(num_experts=1, num_experts_per_tok=1, adapter_dim=512, router_aux_loss_coef=0.0)
     )
-    others = [Arm(WIDE_LORA, lora, "equal-size/lora", WIDE_LORA), Arm(ADAPTER, adapter, "equal-size/adapter", ADAPTER)]
+    others = [
+        StudyArm(WIDE_LORA, lora, "equal-size/lora", WIDE_LORA),
+        StudyArm(ADAPTER, adapter, "equal-size/adapter", ADAPTER),
+    ]
     return replace(
         demo,
         arms=[pesc, dense, *others],

@@ -12,11 +12,11 @@ import numpy as np
 from pesc.report.results import (
     Arm,
     Example,
+    ExpertCounts,
     Measured,
     Parameters,
     Question,
     Results,
-    ExpertCounts,
     Run,
     Source,
     Training,

@@ -14,7 +14,7 @@ import pytest
 
 from pesc.report import charts, findings
 from pesc.report.page import write_report
-from pesc.report.results import Arm, Results, ExpertCounts, parse, to_json
+from pesc.report.results import Arm, ExpertCounts, Results, parse, to_json
 from studies import BASE, DENSE, DOMAINS, PESC, make_results, make_routing, write_study
 
 

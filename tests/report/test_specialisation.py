@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ from studies import make_routing
 
 
 def divergence(*rows: list[int]) -> Specialisation:
-    return specialisation.specialisation(ExpertCounts([2], {str(index): [list(row)] for index, row in enumerate(rows)}))
+    return specialisation.between_domains(
+        ExpertCounts([2], {str(index): [list(row)] for index, row in enumerate(rows)})
+    )
 
 
 def test_specialisation_runs_from_nothing_to_the_full_bits() -> None:
@@ -41,4 +45,6 @@ def test_notes_say_where_the_domains_part() -> None:
     assert "a great deal" in notes
     assert "expert 1 of layer 0 takes 80% of the choices on b, against 45%" in notes
     same = make_routing(["a"], 2, 4)
-    assert "near the noise" in specialisation.notes(ExpertCounts([2, 2], {"a": same.counts["a"], "b": same.counts["a"]}))
+    assert "near the noise" in specialisation.notes(
+        replace(same, counts={"a": same.counts["a"], "b": same.counts["a"]})
+    )

@@ -16,7 +16,7 @@ import pesc.study.study as module
 from checkpoints import tiny_dense, write_rows
 from pesc import PescConfig, load
 from pesc.report.results import Results, read_results
-from pesc.study.study import Arm, Study, run_study
+from pesc.study.study import Study, StudyArm, run_study
 from pesc.training.recipe import DataSettings, LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
 
 PESC, DENSE, BASE = "PESC", "dense + LoRA", "base"
@@ -37,9 +37,9 @@ def study(tmp_path: Path) -> Study:
         folder=tmp_path / "study",
         model=str(dense),
         arms=[
-            Arm(BASE, folder="base", title="as it is"),
-            Arm(PESC, recipe, title="crafted"),
-            Arm(DENSE, replace(recipe, pesc=None), folder="lora", title="LoRA alone"),
+            StudyArm(BASE, folder="base", title="as it is"),
+            StudyArm(PESC, recipe, title="crafted"),
+            StudyArm(DENSE, replace(recipe, pesc=None), folder="lora", title="LoRA alone"),
         ],
         comparisons=[(PESC, DENSE), (PESC, BASE)],
         seeds=[0, 1],
@@ -128,7 +128,7 @@ def test_runs_are_measured_once(study: Study, monkeypatch: pytest.MonkeyPatch) -
 def test_a_study_may_add_arms_to_the_runs_of_another(study: Study) -> None:
     run(study)
     assert study.arms[2].recipe is not None
-    wide = Arm("LoRA r 4", replace(study.arms[2].recipe, lora=LoraSettings(r=4, alpha=8)), folder="wide")
+    wide = StudyArm("LoRA r 4", replace(study.arms[2].recipe, lora=LoraSettings(r=4, alpha=8)), folder="wide")
     more = replace(study, arms=[*study.arms[1:], wide], comparisons=[(PESC, "LoRA r 4")], output=study.folder / "more")
     results, _ = run(more)
     assert [(r.arm, r.folder) for r in results.runs[:3]] == [(PESC, ".."), (DENSE, "../lora"), ("LoRA r 4", "../wide")]

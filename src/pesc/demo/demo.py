@@ -22,7 +22,7 @@ from pesc.report import findings
 from pesc.report.page import PAGE
 from pesc.report.results import Results, Source
 from pesc.storage.files import write_json
-from pesc.study.study import Arm, Study, run_study
+from pesc.study.study import Study, StudyArm, run_study
 from pesc.training.recipe import DataSettings, LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
 
 EXAMPLES_PER_DOMAIN = 100
@@ -51,9 +51,9 @@ def demo_study(output: Path, seeds: list[int], mixture: MixtureInfo) -> Study:
         folder=output,
         model=EMBEDDED,
         arms=[
-            Arm(BASE, folder="base", title="The dense model as it is: held-out loss and answers"),
-            Arm(PESC, recipe, title="Craft: 8 experts, top 2; tune experts and LoRA; held-out loss and answers"),
-            Arm(
+            StudyArm(BASE, folder="base", title="The dense model as it is: held-out loss and answers"),
+            StudyArm(PESC, recipe, title="Craft: 8 experts, top 2; tune experts and LoRA; held-out loss and answers"),
+            StudyArm(
                 DENSE,
                 dataclasses.replace(recipe, pesc=None),
                 folder="dense",

@@ -164,7 +164,7 @@ def _divergence_rows(results: Results, run: Run) -> list[dict[str, Any]]:
     assert routing is not None
     if len(routing.counts) < 2:
         return []
-    found = specialisation.specialisation(routing)
+    found = specialisation.between_domains(routing)
     names = {"arm": run.arm, "run": findings.label(results, run)}
     return [
         {**names, "layer": layer, "bits": charts.finite(bits, 4), "noise": charts.finite(found.noise[layer], 4)}

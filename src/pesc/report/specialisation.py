@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pesc.report.findings import number, tail
-from pesc.report.results import Metrics, ExpertCounts, Run
+from pesc.report.results import ExpertCounts, Metrics, Run
 
 
 def load_notes(run: Run, metrics: Metrics | None) -> str:
@@ -65,7 +65,7 @@ class Specialisation:
         return float(np.mean(list(self.noise.values())))
 
 
-def specialisation(routing: ExpertCounts) -> Specialisation:
+def between_domains(routing: ExpertCounts) -> Specialisation:
     """Jensen-Shannon divergence between the domains' expert shares, per layer.
 
     With every domain weighing the same, it is the mutual information of domain and expert: how many bits one routed
@@ -91,7 +91,7 @@ def specialisation(routing: ExpertCounts) -> Specialisation:
 
 def notes(routing: ExpertCounts) -> str:
     """The divergence in words: what it means and how large it is."""
-    found = specialisation(routing)
+    found = between_domains(routing)
     part = found.mean / found.most
     bounds = {0.01: "next to nothing", 0.05: "little", 0.2: "a fair amount"}
     word = next((word for bound, word in bounds.items() if part < bound), "a great deal")

@@ -40,7 +40,7 @@ Stage = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Arm:
+class StudyArm:
     """A model tuned in one way."""
 
     name: str
@@ -62,7 +62,7 @@ class Study:
     folder: Path
     model: str
     """What every arm starts from: a folder, a hub id, or smollm2-135m-instruct."""
-    arms: list[Arm]
+    arms: list[StudyArm]
     comparisons: list[tuple[str, str]]
     """Pairs of arms, the one that makes the headline first."""
     seeds: list[int]
@@ -80,16 +80,16 @@ class Study:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds ({self.seeds}) must be at least one, and differ")
 
-    def runs(self) -> Iterator[tuple[Arm, int | None]]:
+    def runs(self) -> Iterator[tuple[StudyArm, int | None]]:
         """Every run in order: models that are not trained, then each seed's."""
         yield from ((arm, None) for arm in self.arms if arm.recipe is None)
         yield from ((arm, seed) for seed in self.seeds for arm in self.arms if arm.recipe is not None)
 
-    def folder_of(self, arm: Arm, seed: int | None) -> Path:
+    def folder_of(self, arm: StudyArm, seed: int | None) -> Path:
         """Where a run lies."""
         return (self.folder if seed in (None, self.seeds[0]) else self.folder / f"seed-{seed}") / arm.folder
 
-    def recipe_of(self, arm: Arm, seed: int) -> Recipe:
+    def recipe_of(self, arm: StudyArm, seed: int) -> Recipe:
         """What a run is trained by."""
         assert arm.recipe is not None
         training = dataclasses.replace(arm.recipe.training, seed=seed)
@@ -153,7 +153,7 @@ def run_study(study: Study, console: Console, stage: Stage) -> Results:
     return found
 
 
-def measure(study: Study, arm: Arm, seed: int | None, console: Console) -> Measured:
+def measure(study: Study, arm: StudyArm, seed: int | None, console: Console) -> Measured:
     """Held-out loss, routing and answers of one run; read from its scores.json if that was measured on the same."""
     folder = study.folder_of(arm, seed)
     ref, path = locate(folder if arm.recipe else study.model), folder / SCORES
