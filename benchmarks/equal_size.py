@@ -33,13 +33,11 @@ def equal_size_study(folder: Path, seeds: list[int]) -> Study:
     adapter = replace(
         pesc.recipe, pesc=PescConfig(num_experts=1, num_experts_per_tok=1, adapter_dim=512, router_aux_loss_coef=0.0)
     )
-    others = [
-        StudyArm(WIDE_LORA, lora, "equal-size/lora", WIDE_LORA),
-        StudyArm(ADAPTER, adapter, "equal-size/adapter", ADAPTER),
-    ]
+    others = {WIDE_LORA: (lora, "equal-size/lora"), ADAPTER: (adapter, "equal-size/adapter")}
+    arms = [StudyArm(name, recipe, place, title=name) for name, (recipe, place) in others.items()]
     return replace(
         demo,
-        arms=[pesc, dense, *others],
+        arms=[pesc, dense, *arms],
         comparisons=[(PESC, WIDE_LORA), (PESC, ADAPTER), (PESC, DENSE)],
         output=folder / "equal-size",
     )
