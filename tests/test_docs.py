@@ -86,7 +86,9 @@ def test_python_compiles_and_uses_public_names(page: str, code: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_repository_paths_exist(page: Path) -> None:
-    named = re.findall(r"(?<![\w/.-])(?:src|docs|tests|recipes|benchmarks|engines)/[\w./*-]*\w/?", page.read_text())
+    text = page.read_text()
+    named = re.findall(r"(?<![\w/.-])(?:src|docs|tests|recipes|benchmarks|engines)/[\w./*-]*\w/?", text)
+    named += [f"src/{module}" for module in re.findall(r"(?<![\w/.-])pesc/[\w/]+\.py", text)]
     assert not [path for path in named if not list(ROOT.glob(path.rstrip("/")))]
 
 
