@@ -1,11 +1,11 @@
-# make demo, make test and make lint do all set-up themselves, in .venv here and in ~/.cache/pesc.
+# make demo, test, lint and docs do all set-up themselves, in .venv here and in ~/.cache/pesc.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PESC_CACHE ?= $(HOME)/.cache/pesc
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slow test-engines lint check setup clean
+.PHONY: demo test test-slow test-engines lint docs check setup clean
 
 demo: setup
 	$(BIN)/pesc demo
@@ -22,6 +22,16 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# The site, in site/. Zensical checks links and anchors; the test checks pictures, the menu, commands and paths.
+docs: $(VENV)/.docs
+	$(BIN)/python -m pytest --quiet tests/test_docs.py
+	$(BIN)/python docs/options.py .options
+	$(BIN)/zensical build --clean --strict
+
+$(VENV)/.docs: $(VENV)/.setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 # vLLM and llama.cpp in environments of their own; the second compiles for some minutes.
 test-engines: setup .engines/.setup
 	$(BIN)/python -m pytest -m engines tests/engines/test_exports.py -s
@@ -36,7 +46,7 @@ test-engines: setup .engines/.setup
 		--no-cache-dir -r engines/requirements-llamacpp.txt
 	touch $@
 
-check: lint test test-slow
+check: lint docs test test-slow
 
 setup: $(VENV)/.setup
 
@@ -52,4 +62,4 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .options site runs

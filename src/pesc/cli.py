@@ -1,4 +1,4 @@
-"""The command `pesc`: a verb a function, each a thin cover of the library; nothing heavy loads for --help."""
+"""The command `pesc`: one function a verb, each a thin cover of the library. --help loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ app = App(
 
 @app.command
 def demo(*, output: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,)) -> None:
-    """Run the main job on the embedded model: craft, tune on chat, code and math, compare, report.
+    """Run the complete job on the embedded model: craft, tune on chat, code and math, compare, report.
 
     Some 10 minutes a seed on two cores. An interrupted demo goes on where it stopped.
 
@@ -65,7 +65,7 @@ def craft(
     model
         Dense model: a folder, a hub id, or smollm2-135m-instruct.
     out
-        Folder to write; must not exist yet.
+        Folder to write. It must not exist yet.
     """
     from pesc.crafting.craft_checkpoint import craft_checkpoint
     from pesc.crafting.info import describe
@@ -76,16 +76,16 @@ def craft(
 
 @app.command
 def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=False)]) -> None:
-    """Tune a model by a recipe; run again, an interrupted run goes on from its last checkpoint.
+    """Tune a model by a recipe. The same command resumes an interrupted run from its last checkpoint.
 
     Example: `pesc train recipes/demo.yaml lora.r=8 pesc.num_experts=4 output.folder=runs/small`
 
     Parameters
     ----------
     recipe
-        YAML file; recipes/ holds commented ones.
+        YAML file. The folder recipes/ holds commented ones.
     changes
-        Settings to change, written section.key=value; pesc=null trains the dense model.
+        Changes to the recipe, written section.key=value. pesc=null trains the dense model.
     """
     from pesc.training.recipe import load_recipe
     from pesc.training.train import train as run
@@ -129,11 +129,11 @@ def chat(model: str, *, max_new_tokens: int = 512, temperature: float = 0.2, sys
     model
         A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
     max_new_tokens
-        Where an answer is cut.
+        Longest answer, in tokens.
     temperature
-        Of sampling; 0 always takes the likeliest token.
+        Temperature of sampling. 0 always takes the likeliest token.
     system
-        System message, in place of the chat template's own.
+        System message. It replaces the chat template's own.
     """
     from pesc.serving.chat import converse, open_chat
 
@@ -149,9 +149,9 @@ def import_(checkpoint: str, out: Path) -> None:
     Parameters
     ----------
     checkpoint
-        A folder or hub id, safetensors or .bin; recognised by its keys and config.
+        Folder or hub id, with safetensors or .bin files. The layout is recognised by tensor names and config.
     out
-        Folder to write; must not exist yet.
+        Folder to write. It must not exist yet.
     """
     from pesc.crafting.info import describe
     from pesc.crafting.show import show_info
@@ -162,7 +162,7 @@ def import_(checkpoint: str, out: Path) -> None:
 
 @app.command
 def export(model: str, out: Path, *, format: str = "pesc") -> None:
-    """Write a tuned model for others to load: standalone, for stock engines, for llama.cpp, in a published layout.
+    """Write a tuned model in a format that other programs load.
 
     Example: `pesc export runs/demo standalone --format pesc`
 
@@ -171,12 +171,12 @@ def export(model: str, out: Path, *, format: str = "pesc") -> None:
     model
         A run, an adapter or a crafted folder.
     out
-        Folder to write, or a .gguf file; must not exist yet.
+        Folder to write, or a .gguf file. It must not exist yet.
     format
         pesc: a folder with LoRA folded in and a model card. adapter: the small folder alone. stock: an architecture
-        of transformers and vLLM that suits the base (granitemoeshared, qwen2_moe, qwen3_next by name). gguf-f32,
+        of transformers and vLLM that suits the base (by name: granitemoeshared, qwen2_moe, qwen3_next). gguf-f32,
         gguf-f16, gguf-q8_0: a file for llama.cpp. camelidae, sparsetral: the published layouts. stock and gguf need
-        parallel + swiglu experts, the layouts the paper's sequential + gelu.
+        parallel + swiglu experts. The published layouts need the paper's sequential + gelu.
     """
     from pesc.interop.formats import export as write
     from pesc.machine.quiet import quiet_libraries
@@ -188,7 +188,7 @@ def export(model: str, out: Path, *, format: str = "pesc") -> None:
 
 @app.command
 def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int:
-    """Check that a model's files hold the experts they promise; exit code 1 when they do not.
+    """Check that a model's files hold the experts that they promise. The exit code is 1 if they do not.
 
     Example: `pesc verify camelidae-8x7b.Q4_K_M.gguf`
 
@@ -219,7 +219,7 @@ def serve(
     api_key: Annotated[str | None, Parameter(env_var="PESC_API_KEY")] = None,
     engine: Literal["auto", "vllm", "transformers"] = "auto",
 ) -> None:
-    """Serve a model behind OpenAI's API until Ctrl-C, by vLLM where it is installed, else by transformers.
+    """Serve a model behind OpenAI's API until Ctrl-C, by vLLM if it is installed, else by transformers.
 
     Example: `pesc serve runs/demo --port 8000`
 
@@ -228,13 +228,13 @@ def serve(
     model
         A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
     host
-        Address to bind; only this machine can reach the default.
+        Address to bind. Only this machine can reach the default.
     port
-        0 takes any free one.
+        Port to bind. 0 takes any free one.
     api_key
-        What clients must send.
+        Key that clients must send.
     engine
-        "auto" is vLLM where it is installed, and transformers elsewhere.
+        "auto" means vLLM if it is installed, else transformers.
     """
     from pesc.serving.server import serve as run
 
@@ -248,7 +248,7 @@ def bench(
     output: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Time a crafted model beside its dense one, and beside other ways to compute the same, in one run.
+    """Time a crafted model beside its dense one and beside other ways to compute the same, in one run.
 
     Example: `pesc bench --workloads train prefill decode --dtype bfloat16 --pesc.adapter-dim 512`
 
@@ -274,9 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        Exit code: 0; 1 when the work failed on what the user gave; 2 for a wrong command line; 130 after Ctrl-C.
+        Exit code: 0 for success; 1 for wrong input; 2 for a wrong command line; 130 after Ctrl-C.
     """
-    # Its notice about optional kernels, made when it is imported, would stand above every command's output.
+    # Its import prints a notice about optional kernels, above every command's output.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         result = app(arguments, exit_on_error=False, result_action="return_value")
