@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -44,11 +45,16 @@ def test_ctrl_c_keeps_what_was_said(chat: Chat, monkeypatch: pytest.MonkeyPatch)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(serving._Streamer, "on_finalized_text", interrupted)
-    chat.max_new_tokens = 200
+    chat.settings = dataclasses.replace(chat.settings, max_new_tokens=200)
     answer = chat.answer("hi")
     assert len(pieces) <= 4
     assert chat.messages[-1]["content"] == answer
     assert "(stopped)" in chat.console.file.getvalue()
+
+
+def test_every_wrong_setting_is_named_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match=r"max_new_tokens \(0\) must be.*temperature \(-1.0\) must be"):
+        open_chat("nowhere at all", Console(), max_new_tokens=0, temperature=-1.0)
 
 
 def test_a_conversation_beyond_the_context_is_refused_and_not_kept(chat: Chat) -> None:

@@ -1,4 +1,4 @@
-"""A terminal chat with a model: streaming, with history; Ctrl-C stops an answer, not the program."""
+"""A chat in the terminal: answers stream, the history is kept, and Ctrl-C stops an answer but not the program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import readline  # noqa: F401  (gives input() line editing and recall of earlier
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -16,8 +16,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from pesc.crafting.load import locate
 from pesc.data.chat import render
 from pesc.machine.quiet import quiet_libraries
+from pesc.rules import Settings, at_least
+from pesc.serving import context_length
 
 HELP = "Type a message. Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D leaves."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(Settings):
+    """How a model answers in a chat.
+
+    Raises:
+        ValueError: listing every setting that breaks its rule.
+    """
+
+    max_new_tokens: Annotated[int, at_least(1)] = 512
+    """The most tokens of an answer."""
+    temperature: Annotated[float, at_least(0)] = 0.2
+    """Of sampling; 0 always takes the likeliest token."""
+    system: str | None = None
+    """System message, in place of the chat template's own."""
 
 
 @dataclass
@@ -27,38 +45,36 @@ class Chat:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     console: Console
-    max_new_tokens: int = 512
-    temperature: float = 0.2
-    """0 always takes the likeliest token."""
-    system: str | None = None
+    settings: ChatSettings = ChatSettings()
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget the conversation."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        system = self.settings.system
+        self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> str:
-        """Answer a message, showing the answer as it comes.
+        """Answer a message, and show the answer as it comes.
 
         Returns:
-            The answer, or as much of it as there was when Ctrl-C stopped it; it joins the history either way.
+            The answer. If Ctrl-C stopped it, its beginning; the history keeps that too.
 
         Raises:
-            ValueError: when the conversation no longer fits the model's context; the message is not kept.
+            ValueError: the conversation no longer fits the model's context; the message is not kept.
         """
         question = {"role": "user", "content": text}
         prompt = render([*self.messages, question], self.tokenizer, add_generation_prompt=True)
         batch = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.model.device)
-        room = self._context() - batch["input_ids"].shape[1]
+        room = context_length(self.model.config) - batch["input_ids"].shape[1]
         if room < 1:
             raise ValueError("the conversation is longer than the model's context: /clear forgets it")
-        streamer = _Streamer(self.tokenizer, self.console)
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": 0.9} if self.temperature else {}
+        streamer, temperature = _Streamer(self.tokenizer, self.console), self.settings.temperature
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature else {}
         try:
             self.model.generate(
                 **batch,
                 streamer=streamer,
-                max_new_tokens=min(self.max_new_tokens, room),
+                max_new_tokens=min(self.settings.max_new_tokens, room),
                 pad_token_id=self.tokenizer.pad_token_id,
                 **(sampling or {"do_sample": False}),
             )
@@ -68,9 +84,6 @@ class Chat:
         self.console.print()
         self.messages += [question, {"role": "assistant", "content": streamer.text}]
         return streamer.text
-
-    def _context(self) -> int:
-        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 class _Streamer(TextStreamer):
@@ -90,13 +103,13 @@ def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
     Args:
         model: whatever `pesc.load` takes.
         console: where answers are shown.
-        settings: of `Chat`.
+        settings: the fields of `ChatSettings`.
 
     Raises:
-        FileNotFoundError, ValueError: as `pesc.load` does, and for a tokenizer without chat template.
+        FileNotFoundError, ValueError: as `pesc.load` does; also for a tokenizer without chat template, and for a
+            setting that breaks its rule.
     """
-    if settings.get("temperature", 0.0) < 0 or settings.get("max_new_tokens", 1) < 1:
-        raise ValueError("temperature must be at least 0 and max_new_tokens at least 1")
+    checked = ChatSettings(**settings)
     with quiet_libraries():
         ref = locate(model)
         tokenizer = ref.tokenizer()
@@ -104,7 +117,7 @@ def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
         loaded = ref.load(folded=True)
     if torch.cuda.is_available():
         loaded.to("cuda")
-    chat = Chat(loaded, tokenizer, console, **settings)
+    chat = Chat(loaded, tokenizer, console, checked)
     chat.clear()
     return chat
 
