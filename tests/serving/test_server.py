@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import os
@@ -63,13 +64,17 @@ class Server:
         settings = {"model": self.name, "messages": HI, "temperature": 0, **settings}
         return self.client().chat.completions.create(**settings)
 
-    def post(self, path: str, body: bytes, **headers: str) -> tuple[int, str]:
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+    def post(self, path: str, body: bytes, key: str = KEY) -> tuple[int, str]:
+        request = urllib.request.Request(self.url + path, body, headers(key))
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+
+def headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
 
 
 def start(folder: Path, log: Path, **settings: Any) -> Server:
@@ -156,7 +161,7 @@ def test_has_one_model_with_one_name(server: Server) -> None:
 
 def test_wants_the_key(server: Server) -> None:
     for wrong in ("other", KEY + "x", "é"):
-        status, answer = server.post("/v1/chat/completions", b"{}", Authorization=f"Bearer {wrong}")
+        status, answer = server.post("/v1/chat/completions", b"{}", wrong)
         assert (status, json.loads(answer)["error"]["code"]) == (401, "invalid_api_key")
     with pytest.raises(AuthenticationError):
         server.client(api_key="other").models.list()
@@ -175,7 +180,7 @@ def test_stops_at_max_tokens_and_at_the_end_of_the_context(server: Server) -> No
 
 def test_refuses_prompts_beyond_the_context(server: Server) -> None:
     for stream in (False, True):
-        with pytest.raises(BadRequestError, match=rf"must have fewer than the model's context \({CONTEXT}\)"):
+        with pytest.raises(BadRequestError, match=rf"fewer than the model's context \({CONTEXT}\)"):
             server.ask(messages=[{"role": "user", "content": "x" * (CONTEXT + 1)}], stream=stream)
     with pytest.raises(APIStatusError, match="at most") as error:
         server.ask(messages=[{"role": "user", "content": "x" * 20_000_000}])
@@ -204,6 +209,13 @@ def test_refuses_prompts_beyond_the_context(server: Server) -> None:
         b'{"messages": [{"role": "user", "content": "hi"}], "logit_bias": {"99999": 1}}',
         b'{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"chat_template": "x"}}',
         b'{"messages": [{"role": "user", "content": "hi"}], "unheard_of": 1}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "high"}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "tool_choice": "required"}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "generation_config": "{}"}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "stop": ["a", "b", "c", "d", "e"]}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"max_length": 20000000}}',
+        b'{"messages": [{"role": "user", "content": "hi"}], "suffix": "a field of another path"}',
     ],
 )
 def test_answers_bad_requests_with_the_reason(server: Server, body: bytes) -> None:
@@ -214,16 +226,25 @@ def test_answers_bad_requests_with_the_reason(server: Server, body: bytes) -> No
     assert error["type"] == "invalid_request_error"
 
 
+def test_says_that_the_header_is_missing(server: Server) -> None:
+    request = urllib.request.Request(f"{server.url}/v1/chat/completions", json.dumps({"messages": HI}).encode())
+    request.add_header("Authorization", f"Bearer {KEY}")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert (error.value.code, "application/json" in error.value.read().decode()) == (400, True)
+
+
 def test_nobody_can_unload_or_exchange_the_model(server: Server) -> None:
     assert server.post("/reset", b"{}")[0] == 404
     assert server.post("/load_model", b'{"model": "other"}')[0] == 404
+    assert server.post("/v1/audio/transcriptions", b"{}")[0] == 404
 
 
 def test_streams_end_with_the_mark_and_errors_in_them_are_json(server: Server) -> None:
     body: dict[str, Any] = {"messages": HI, "max_tokens": 2, "stream": True}
     _, answer = server.post("/v1/chat/completions", json.dumps(body).encode())
     assert answer.endswith("data: [DONE]\n\n")
-    body |= {"generation_config": json.dumps({"num_beams": 2})}
+    body |= {"logit_bias": {"99999": 1}}
     _, answer = server.post("/v1/chat/completions", json.dumps(body).encode())
     events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
     assert any("error" in json.loads(event) for event in events[:-1])
@@ -231,15 +252,30 @@ def test_streams_end_with_the_mark_and_errors_in_them_are_json(server: Server) -
 
 def test_completions_and_responses(server: Server) -> None:
     client = server.client()
-    answer = client.completions.create(model="crafted", prompt="abc", max_tokens=3, logit_bias=None)
-    assert answer.usage.prompt_tokens == 3
+    bias = {token: -100 for token in map(str, range(264)) if token != "70"}
+    answer = client.completions.create(model="crafted", prompt="abc", max_tokens=3, logit_bias=bias)
+    assert (answer.usage.prompt_tokens, answer.choices[0].text) == (3, "ddd")
+    assert client.completions.create(model="crafted", prompt="abc", max_tokens=2, logit_bias=None).choices
     assert client.responses.create(model="crafted", input="abc", max_output_tokens=3).status == "completed"
+    spoken = client.responses.create(
+        model="crafted",
+        input=[{"role": "user", "content": [{"type": "input_text", "text": "abc"}]}],
+        max_output_tokens=3,
+        stream=True,
+    )
+    assert [event.type for event in spoken][-1] == "response.completed"
+
+
+def test_accepts_what_clients_send_back_or_leave_empty(server: Server) -> None:
+    first = server.ask(max_tokens=2, stop=[], logit_bias={}, n=1, presence_penalty=0, response_format={"type": "text"})
+    history = [*HI, first.choices[0].message.model_dump(), {"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    assert server.ask(messages=history, max_tokens=2).usage.completion_tokens == 2
 
 
 def test_a_crafted_model_calls_tools_as_its_family_does(folders: dict[str, Path]) -> None:
     model, tokenizer = pesc.load(folders["crafted"]), pesc.load_tokenizer(folders["crafted"])
     model.config.base_model_type = "qwen2"
-    build_app("crafted", model, tokenizer, None)
+    build_app("crafted", model, tokenizer)
     tokens = tokenizer('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call><|im_end|>')["input_ids"]
     _, _, calls = parse_assistant_message(tokenizer, model, tokens, [1])
     assert [(call.name, call.arguments) for call in calls] == [("f", '{"a": 1}')]
@@ -248,8 +284,17 @@ def test_a_crafted_model_calls_tools_as_its_family_does(folders: dict[str, Path]
 def test_sampling_is_asked_for_by_temperature(server: Server) -> None:
     texts = {server.ask(max_tokens=8, temperature=2.0, seed=seed).choices[0].message.content for seed in range(3)}
     assert len(texts) > 1
-    again = [server.ask(max_tokens=8, temperature=2.0, seed=7).choices[0].message.content for _ in range(2)]
-    assert again[0] == again[1]
+    greedy, tiny = (server.ask(max_tokens=8, temperature=t).choices[0].message.content for t in (0, 1e-40))
+    assert greedy == tiny
+
+
+def test_a_seed_gives_the_same_answer_with_other_clients_around(server: Server) -> None:
+    def ask(seed: int) -> str:
+        return server.ask(max_tokens=8, temperature=2.0, seed=seed).choices[0].message.content
+
+    alone = ask(7)
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, [7, 1, 7, 2, 7, 3]))[::2] == [alone] * 3
 
 
 def test_concurrent_clients_get_their_own_answers(server: Server) -> None:
@@ -271,16 +316,27 @@ def test_generation_stops_when_its_client_leaves(server: Server) -> None:
     impatient = server.client(timeout=1)
     with pytest.raises(APITimeoutError):
         impatient.chat.completions.create(model="crafted", messages=HI, **endless)
-    # To the end of the context, both would take minutes.
+    # One that leaves before the first token, and two that wait for their turn.
+    body = json.dumps({"messages": HI, "stream": True, **endless}).encode()
+    for _ in range(3):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+        connection.request("POST", "/v1/chat/completions", body, headers(KEY))
+        connection.close()
+    # To the end of the context, each would take minutes.
     assert server.client(timeout=30).chat.completions.create(model="crafted", messages=HI, max_tokens=1).choices
 
 
 def test_ctrl_c_ends_it_while_it_answers(servers: dict[str, Server]) -> None:
     server = servers["run"]
-    leaving = server.ask(stream=True, max_tokens=CONTEXT, logit_bias={"2": -100})
-    next(iter(leaving))
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(timeout=60) == 0
+    endless = {"max_tokens": CONTEXT, "logit_bias": {"2": -100}}
+    next(iter(server.ask(stream=True, **endless)))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.ask, **endless)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGINT)
+        # Exit code -6 would mean that the interpreter ended while torch was still at work.
+        assert server.process.wait(timeout=60) == 0
+        assert waiting.exception() is not None
     assert "Traceback" not in server.log.read_text()
 
 
@@ -298,8 +354,9 @@ def test_refuses_what_cannot_be_served(folders: dict[str, Path], monkeypatch: py
         serve(folders["dense"], port=70000)
     with pytest.raises(OSError, match="cannot serve on 192.0.2.1:0"):
         serve(folders["dense"], host="192.0.2.1", port=0)
-    with pytest.raises(ValueError, match="api_key is empty"):
-        serve(folders["dense"], api_key="")
+    for key in ("", " a", "a\n", "é"):
+        with pytest.raises(ValueError, match="api_key must be ASCII"):
+            serve(folders["dense"], api_key=key)
     with pytest.raises(ValueError, match="pip install vllm"):
         serve(folders["dense"], engine="vllm")
     find = importlib.util.find_spec
@@ -312,7 +369,7 @@ FAKE_VLLM = """
 import json, os, pathlib, shutil, sys, time
 seen = pathlib.Path(os.environ["SEEN"])
 shutil.copytree(sys.argv[2], seen)
-(seen / "how.json").write_text(json.dumps({"arguments": sys.argv[1:], "key": os.environ["VLLM_API_KEY"]}))
+(seen / "how.json").write_text(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}))
 (seen / "done").touch()
 time.sleep(60)
 """
@@ -337,9 +394,12 @@ def test_hands_a_folded_folder_to_vllm_and_clears_it_away(
     serve(folders["run"], port=0, api_key=KEY)
     how = json.loads((seen / "how.json").read_text())
     verb, folder, *options = how["arguments"]
-    assert (verb, how["key"]) == ("serve", KEY)
+    assert verb == "serve"
     assert options[:5] == ["--served-model-name", "run", "--host", "127.0.0.1", "--port"]
-    assert options[6:] == ["--dtype", "float32"]
+    assert options[6:] == ["--middleware", "pesc.serving.middleware.Guard", "--dtype", "float32"]
+    assert [how["environment"][name] for name in ("PESC_API_KEY", "VLLM_API_KEY")] == [KEY, KEY]
+    assert how["environment"]["PESC_CONTEXT"] == str(CONTEXT)
+    assert not any(KEY in argument for argument in how["arguments"])
     assert not Path(folder).exists()
     tokens = torch.arange(9)[None]
     with torch.no_grad():

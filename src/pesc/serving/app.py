@@ -1,78 +1,146 @@
-"""transformers' own OpenAI-compatible app around one model that is already in memory.
+"""transformers' own server around one model that is in memory.
 
-The app's parts are those of `transformers serve` (tried with transformers 5.19 and 5.23). What is changed in them: the
-model is given and pinned; requests are checked before they are worked on (requests.py); a prompt must fit the context
-and generation stops when the client leaves (generation.py); errors have OpenAI's form (middleware.py). Importing this
-module needs the extra `serve`.
+`transformers serve` cannot be used from outside alone. It loads the model by itself, without our checks and without
+adapters; it takes prompts beyond the context (18,000 tokens kept a model of 8,192 busy for five minutes); it finishes
+answers that nobody waits for any more; and it sets a seed when a request arrives, not when its answer begins. The
+remedies use these of its parts, which no documentation promises (transformers 5.19 and 5.23). If one changes, a test
+in tests/serving/test_server.py fails:
+
+    build_server, the three handlers: test_streams_what_the_model_says, test_completions_and_responses
+    ModelManager.load_model_and_processor: test_streams_what_the_model_says
+    ModelManager.force_model, .process_model_name, .get_gen_models: test_has_one_model_with_one_name
+    ModelManager.shutdown: test_ctrl_c_ends_it_while_it_answers
+    GenerationState.get_manager, GenerateManager.generate_streaming, .generate_non_streaming:
+        test_refuses_prompts_beyond_the_context, test_generation_stops_when_its_client_leaves
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import inspect
+import logging
+import re
 import time
-from types import SimpleNamespace
+from contextlib import suppress
 from typing import Any
 
-from starlette.types import ASGIApp
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import get_response_template
+from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from pesc.serving.generation import State, context_length
-from pesc.serving.middleware import Guard, RequireKey, answer_errors
-from pesc.serving.requests import Chat, Completion, Responses
+from pesc.serving import context_length
+from pesc.serving.middleware import CLIENT, error_response
 
-ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health"}
+logger = logging.getLogger("uvicorn.error")
+# What reading a request raises, the last from its chat template. Generation raises HTTPException.
+_UNREADABLE = (RequestValidationError, LookupError, TypeError, ValueError, AttributeError, TemplateError)
 
 
-def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, api_key: str | None) -> ASGIApp:
-    """The ASGI app that serves one model.
+def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FastAPI:
+    """The app of `transformers serve`, with one model that nobody can exchange. It belongs behind a `Guard`.
 
     Args:
         name: the model's only name.
         model: in eval mode, on its device.
         tokenizer: a fast one.
-        api_key: what clients must send as a bearer token; None lets everyone in.
     """
-    _know_family(model, tokenizer)
-    manager, state = _Pinned(name, model, tokenizer), State()
-    kinds = {"chat_handler": Chat, "completion_handler": Completion, "response_handler": Responses}
-    # The other handlers differ between releases; their routes are taken out below.
-    handlers: dict[str, Any] = {
-        name: None for name in inspect.signature(build_server).parameters if name.endswith("_handler")
-    }
-    handlers |= {name: kind(model_manager=manager, generation_state=state) for name, kind in kinds.items()}
+    # By its type, transformers knows how a family writes tool calls.
+    model.config.model_type = getattr(model.config, "base_model_type", model.config.model_type)
+    manager, state, generation = ModelManager(), GenerationState(), _Generation()
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "pesc"}
+    manager.force_model = name
+    manager.process_model_name = str  # without a revision: answers carry the name that was asked for
+    manager.load_model_and_processor = lambda *_, **__: (model, tokenizer)
+    manager.get_gen_models = lambda: [card]
+    manager.shutdown = generation.finish
+    atexit.register(generation.finish)  # a second Ctrl-C skips the shutdown
+    state.get_manager = lambda *_, **__: generation
+    # The other handlers differ between releases; the guard lets nobody come to them.
+    handlers = dict.fromkeys(key for key in inspect.signature(build_server).parameters if key.endswith("_handler"))
+    kinds = {"chat": ChatCompletionHandler, "completion": CompletionHandler, "response": ResponseHandler}
+    handlers |= {f"{key}_handler": kind(manager, state) for key, kind in kinds.items()}
     app = build_server(manager, **handlers, generation_state=state)
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
-    answer_errors(app)
-    served: ASGIApp = Guard(app, context_length(model))
-    return served if api_key is None else RequireKey(served, api_key)
+
+    async def refuse(_: Request, error: Any) -> JSONResponse:
+        detail = getattr(error, "detail", f"the request cannot be read: {error!r}")
+        if isinstance(error, RequestValidationError):  # that the body is JSON was checked before
+            detail = "send the header Content-Type: application/json"
+        return error_response(getattr(error, "status_code", 400), str(detail))
+
+    for kind in (HTTPException, *_UNREADABLE):
+        app.add_exception_handler(kind, refuse)
+    return app
 
 
-def _know_family(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    # transformers knows by the model type how a family writes tool calls; a crafted model's type is "pesc".
-    family = getattr(model.config, "base_model_type", None)
-    if family is not None:
-        dense = SimpleNamespace(config=SimpleNamespace(model_type=family))
-        tokenizer.response_template = get_response_template(tokenizer, dense)
+class _Generation(GenerateManager):
+    """Generates one answer after the other."""
+
+    ends = False
+
+    def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any) -> Any:
+        answer = _Answer(self, model, inputs, gen_config)
+        return super().generate_streaming(answer, processor, inputs, gen_config, **kwargs)
+
+    def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any) -> Any:
+        answer = _Answer(self, model, inputs, gen_config)
+        # Shielded: the thread cannot give its result to a request that was cancelled.
+        return asyncio.shield(super().generate_non_streaming(answer, processor, inputs, gen_config, **kwargs))
+
+    def finish(self) -> None:
+        """Stop and wait for the thread, a daemon: the interpreter aborts if it ends while a daemon is inside torch."""
+        self.ends = True
+        with suppress(TimeoutError):
+            self.submit(lambda: None).result(timeout=10)
 
 
-class _Pinned(ModelManager):
-    """Holds one model, which nobody can unload or exchange."""
+class _Answer:
+    """A model that generates for one client: within the context, with the client's seed, and only while it waits.
 
-    def __init__(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__()
-        self.force_model = name
-        self.pinned = model, tokenizer
-        self.since = int(time.time())
+    Raises:
+        HTTPException: 400 for a prompt that is empty or fills the context.
+    """
 
-    @staticmethod
-    def process_model_name(model_id: str) -> str:
-        return model_id  # no revisions: answers carry the name that was asked for
+    def __init__(self, generation: _Generation, model: Any, inputs: Any, gen_config: Any) -> None:
+        self.generation, self.model, self.client = generation, model, CLIENT.get()
+        context, length = context_length(model.config), inputs["input_ids"].shape[-1]
+        if not 0 < length < context:
+            rule = f"it must have some, and fewer than the model's context ({context})"
+            raise HTTPException(400, f"the prompt has {length} tokens: {rule}")
+        asked = self.client.request
+        wanted = asked.max_completion_tokens or gen_config.max_new_tokens  # transformers 5.19 ignores the first
+        gen_config.max_new_tokens = min(wanted, context - length)
+        if asked.logit_bias:  # transformers ignores it in /v1/completions
+            gen_config.sequence_bias = {(int(token),): bias for token, bias in asked.logit_bias.items()}
+        if asked.temperature or (asked.temperature is None and asked.top_p is not None):
+            gen_config.do_sample = True  # a model whose own settings are greedy would ignore the temperature
 
-    def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return self.pinned
+    def generate(self, **kwargs: Any) -> Any:
+        """As the model's; called by the generating thread."""
+        if self._is_over():
+            if "streamer" in kwargs:
+                kwargs["streamer"].end()
+            return kwargs["input_ids"]
+        if self.client.request.seed is not None:
+            torch.manual_seed(self.client.request.seed)
+        try:
+            return self.model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([self._is_over]))
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            status = 400 if isinstance(error, ValueError) else 500  # generate() checks its settings so
+            if status == 500:
+                logger.exception("generation failed")
+            # In streams, transformers pastes the message into a JSON string.
+            raise HTTPException(status, re.sub(r'[\s"\\]+', " ", f"generation failed: {error}")) from error
 
-    def get_gen_models(self) -> list[dict[str, Any]]:
-        return [{"id": self.force_model, "object": "model", "created": self.since, "owned_by": "pesc"}]
+    def _is_over(self, *_: Any, **__: Any) -> bool:
+        return self.generation.ends or self.client.left.is_set()

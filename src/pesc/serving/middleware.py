@@ -1,95 +1,136 @@
-"""Around the server's app: errors in OpenAI's form, the API key, and limits on what clients may cost."""
+"""The one middleware around either engine: API key, limit on bodies, checked requests, and word of clients that leave.
+
+vLLM builds it by itself (`--middleware pesc.serving.middleware.Guard`): vLLM's own key guards only paths below /v1.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import os
+from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
-import anyio
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Make an app answer every error in OpenAI's form."""
+@dataclass
+class Client:
+    """Who waits for an answer."""
 
-    async def refused(_: Request, error: Any) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
-
-    async def unreadable(_: Request, error: Any) -> JSONResponse:
-        return error_response(400, describe(error.errors()))
-
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return error_response(500, str(error))
-
-    app.add_exception_handler(AnyHTTPException, refused)
-    app.add_exception_handler(RequestValidationError, unreadable)
-    app.add_exception_handler(Exception, failed)
+    request: Any
+    """What the client asks for, as `read` returned it."""
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when nobody waits any more; other threads may ask `left.is_set()`."""
 
 
-def describe(errors: Any) -> str:
-    """One line of what pydantic found wrong, with the names of the fields."""
-    return "; ".join(f"{'.'.join(str(part) for part in error['loc'])}: {error['msg']}" for error in errors)
+CLIENT: ContextVar[Client] = ContextVar("CLIENT")
+"""The client whose request the current task answers."""
 
 
-def error_response(status: int, message: str, code: str | None = None) -> JSONResponse:
-    """An error as OpenAI's clients expect it."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)
-
-
-class RequireKey:
-    """Lets in only requests with the key; /health is for everyone."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app = app
-        self.key = key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health" or self._knows(scope):
-            return await self.app(scope, receive, send)
-        answer = error_response(401, "send the server's API key: Authorization: Bearer KEY", "invalid_api_key")
-        answer.headers["WWW-Authenticate"] = "Bearer"
-        await answer(scope, receive, send)
-
-    def _knows(self, scope: Scope) -> bool:
-        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.key)
+def error_response(status: int, message: str) -> JSONResponse:
+    """An error in the form that OpenAI's clients expect."""
+    kind, code, headers = "server_error" if status >= 500 else "invalid_request_error", None, {}
+    if status == 401:
+        code, headers = "invalid_api_key", {"WWW-Authenticate": "Bearer"}
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status, headers)
 
 
 class Guard:
-    """Refuses bodies beyond any prompt that fits, and cancels the work for a client that has left."""
+    """Stands between the clients and an engine's app.
 
-    def __init__(self, app: ASGIApp, context: int) -> None:
+    Args:
+        app: the engine's ASGI app.
+        api_key: the bearer token that every request but /health must carry. Without one, PESC_API_KEY from the
+            environment; without that, everyone may enter.
+        context: the most tokens that the model can read, which limit the size of a body; else from PESC_CONTEXT.
+        read: checks a path and a body. It returns what is asked for (or None) and the body for the engine, and raises
+            HTTPException to refuse. Without it, the engine checks requests by itself.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None = None,
+        context: int | None = None,
+        read: Callable[[str, bytes], tuple[Any, bytes]] | None = None,
+    ) -> None:
         self.app = app
+        self.key = (api_key or os.environ.get("PESC_API_KEY", "")).encode()
         # Far more than tokens need, escapes and tools included: beyond it, even tokenizing could eat the memory.
-        self.limit = 2**20 + 32 * context
+        self.limit = 2**20 + 32 * min(context or int(os.environ["PESC_CONTEXT"]), 2**20)
+        self.read = read or (lambda _, body: (None, body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        messages: asyncio.Queue[Message] = asyncio.Queue()
+        """Check the key, take in and check the body, then let the engine answer for as long as the client waits."""
+        try:
+            if scope["type"] != "lifespan":
+                self._check_key(scope)
+            if scope["type"] != "http":
+                return await self.app(scope, receive, send)
+            request, body = self.read(scope["path"], await self._body(receive))
+        except HTTPException as error:
+            return await error_response(error.status_code, error.detail)(scope, receive, send)
+        if request is not None and request.ends_with_done:
+            send = _ending_with_done(send)
+        await self._answer(Client(request), body, scope, receive, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        known = scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.key)
+        if self.key and not known and scope["path"] != "/health":
+            raise HTTPException(401, "send the server's API key: Authorization: Bearer KEY")
+
+    async def _body(self, receive: Receive) -> bytes:
+        body, size, more = bytearray(), 0, True
+        while more:  # beyond the limit too: a client that is still sending would not see the answer
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise HTTPException(499, "the client left before its request was complete")
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if size <= self.limit:
+                body += message.get("body", b"")
+        if size > self.limit:
+            raise HTTPException(413, f"the request has {size} bytes; at most {self.limit} fit")
+        return bytes(body)
+
+    async def _answer(self, client: Client, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def watch() -> None:
-            size = 0
-            while (message := await receive())["type"] == "http.request":
-                size += len(message.get("body", b""))
-                if size <= self.limit:
-                    messages.put_nowait(message)
-                elif not message.get("more_body"):
-                    # Only now: a client that is still sending would not see the answer.
-                    too_large = error_response(413, f"the request has {size} bytes; at most {self.limit} fit")
-                    await too_large(scope, receive, send)
-                    break
-            work.cancel_scope.cancel()
+            await receive()  # the body is complete: the next message says that the client has left
+            client.left.set()
 
-        with suppress(asyncio.CancelledError):  # when the server stops; uvicorn would log it as a failure
-            async with anyio.create_task_group() as work:
-                work.start_soon(watch)
-                await self.app(scope, messages.get, send)
-                work.cancel_scope.cancel()
+        async def replay() -> Message:
+            if messages:
+                return messages.pop()
+            await client.left.wait()
+            return {"type": "http.disconnect"}
+
+        CLIENT.set(client)
+        watching = asyncio.create_task(watch())
+        try:
+            with suppress(asyncio.CancelledError):  # when the server stops; uvicorn would log it as a failure
+                await self.app(scope, replay, send)
+        finally:
+            client.left.set()
+            watching.cancel()
+
+
+def _ending_with_done(send: Send) -> Send:
+    streams = False
+
+    async def ending(message: Message) -> None:
+        nonlocal streams
+        if message["type"] == "http.response.start":
+            streams = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+        elif streams and not message.get("more_body"):
+            message = {**message, "body": message.get("body", b"") + b"data: [DONE]\n\n"}
+        await send(message)
+
+    return ending

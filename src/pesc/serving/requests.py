@@ -1,140 +1,118 @@
-"""What requests may say, checked before they are worked on, and the handlers of transformers that then answer them."""
+"""What a request to transformers' server may say.
+
+transformers ignores some fields and hands others to functions that can be made to take minutes. So a field that is not
+listed here is refused, and a field that transformers would ignore may only have its neutral value. transformers itself
+checks which fields belong to which path.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import HTTPException
-from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
-from transformers.cli.serving.response import ResponseHandler
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
 
-from pesc.serving.middleware import describe
+POSTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
+"""Paths that generate, and the field that each needs."""
+GETS = ("/v1/models", "/health")
+
+# transformers fails on an empty list or dict.
+_EmptyIsNone = BeforeValidator(lambda value: value or None)
+# Logits divided by less may overflow; on a GPU, to sample from those ends all further work. The answer is the same.
+_TinyIsZero = AfterValidator(lambda temperature: temperature if temperature >= 0.01 else 0.0)
+_Length = Annotated[int, Field(ge=1)] | None
+# Each character of a stop text is compared with the complete vocabulary before the first token: 5 s for 4 x 64.
+_Stop = Annotated[str, Field(min_length=1, max_length=64)]
+_OneIsList = BeforeValidator(lambda value: [value] if isinstance(value, str) and value else value or None)
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True)
-    type: Literal["text", "input_text", "output_text"]
+    type: Literal["text", "input_text", "output_text", "reasoning_text"]
     text: str
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(strict=True)
-    role: str
+    """A chat's message, or an item of a /v1/responses input."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    type: Literal["message", "input_text", "reasoning", "function_call", "function_call_output"] | None = None
+    role: str | None = None
     content: str | list[_Part] | None = None
+    tool_calls: Annotated[list[dict[str, Any]] | None, _EmptyIsNone] = None
 
 
-_Text = Annotated[str, Field(min_length=1)]
-_Length = Annotated[int, Field(ge=1)]
+class Request(BaseModel):
+    """A checked request."""
 
-
-class _Settings(BaseModel):
-    """What every request may say; what transformers' server would silently ignore may only have its neutral value."""
-
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     model: str | None = None
+    messages: Annotated[list[_Message], Field(min_length=1)] | None = None
+    prompt: str | None = None
+    input: str | Annotated[list[_Message], Field(min_length=1)] | None = None
+    instructions: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[Literal["enable_thinking", "thinking"], bool] | None = None
     stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), _TinyIsZero] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: _Text | list[_Text] | None = None
-    max_tokens: _Length | None = None
-    max_completion_tokens: _Length | None = None
-    max_output_tokens: _Length | None = None
-    logit_bias: dict[str, float] | None = None
-    n: Literal[1] | None = None
+    stop: Annotated[list[_Stop] | None, Field(max_length=4), _OneIsList] = None
+    max_tokens: _Length = None
+    max_completion_tokens: _Length = None
+    max_output_tokens: _Length = None
+    frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
+    logit_bias: Annotated[
+        dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, Field(max_length=1024), _EmptyIsNone
+    ] = None
+    # Without effect:
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    stream_options: dict[Literal["include_usage"], bool] | None = None
+    user: str | None = None
+    # Neutral values:
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: Literal[False] | None = None
+    n: Literal[1] | None = None
+    parallel_tool_calls: Literal[True] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tool_choice: Literal["auto"] | None = None
+
+    @property
+    def ends_with_done(self) -> bool:
+        """Whether a streamed answer ends with the mark of OpenAI's streams, which transformers does not send."""
+        return self.input is None
 
 
-class _ChatRequest(_Settings):
-    messages: Annotated[list[_Message], Field(min_length=1)]
+def read(path: str, body: bytes, name: str) -> tuple[Request | None, bytes]:
+    """Check a request.
 
+    Args:
+        path: one of the above.
+        body: of the request, in JSON.
+        name: of the model that is served.
 
-class _CompletionRequest(_Settings):
-    prompt: str
+    Returns:
+        What is asked for, None if nothing is to be generated; and the body for transformers, with nothing in it that
+        was not checked.
 
-
-class _ResponsesRequest(_Settings):
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
-
-
-class _Checked:
-    """Goes in front of one of transformers' request handlers."""
-
-    schema: ClassVar[type[_Settings]]
-
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        try:
-            return await super().handle_request(body, request_id)  # type: ignore[misc]
-        except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
-            # Generation's own errors are of other kinds: this one came while the request was read.
-            raise HTTPException(400, f"the request cannot be read: {type(error).__name__}: {error}") from error
-
-    def _validate_request(self, body: dict[str, Any]) -> None:
-        try:
-            self.schema.model_validate(body)
-        except ValidationError as error:
-            raise HTTPException(400, describe(error.errors())) from error
-        name = self.model_manager.force_model  # type: ignore[attr-defined]
-        if body.get("model") not in (None, name):
-            raise HTTPException(404, f"model ({body['model']!r}) is not served here: the only one is {name!r}")
-        if "chat_template" in (body.get("chat_template_kwargs") or {}):
-            raise HTTPException(400, "chat_template_kwargs must not bring a chat_template: it would run here")
-        for key in ("stop", "logit_bias"):
-            if not body.get(key):
-                body.pop(key, None)  # generate() refuses empty ones
-        if "logit_bias" in body:
-            body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
-        if body.get("max_completion_tokens") is not None:
-            body["max_tokens"] = body.pop("max_completion_tokens")  # older releases know the older name only
-        body["stream"] = body.get("stream") or False  # one of the handlers would stream by default
-        super()._validate_request(body)  # type: ignore[misc]
-
-    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
-        # A temperature means nothing to a model whose own settings are greedy.
-        if body.get("temperature") or (body.get("temperature") is None and body.get("top_p") is not None):
-            config.do_sample = True
-        return config
-
-
-class _EndsWithDone:
-    """Ends streams as OpenAI's do, with the mark that many clients wait for."""
-
-    def _streaming(self, *args: Any, **kwargs: Any) -> Any:
-        response = super()._streaming(*args, **kwargs)  # type: ignore[misc]
-        response.body_iterator = _then_done(response.body_iterator)
-        return response
-
-
-async def _then_done(events: Any) -> AsyncIterator[str]:
-    async with aclosing(events):
-        async for event in events:
-            yield event
-    yield "data: [DONE]\n\n"
-
-
-class Chat(_Checked, _EndsWithDone, ChatCompletionHandler):
-    """/v1/chat/completions."""
-
-    schema = _ChatRequest
-
-
-class Completion(_Checked, _EndsWithDone, CompletionHandler):
-    """/v1/completions."""
-
-    schema = _CompletionRequest
-
-
-class Responses(_Checked, ResponseHandler):
-    """/v1/responses."""
-
-    schema = _ResponsesRequest
+    Raises:
+        HTTPException: 400 for a request that breaks a rule, naming the fields; 404 for another path or model.
+    """
+    if path in GETS:
+        return None, body
+    if path not in POSTS:
+        raise HTTPException(404, f"{path} is not served: there are {', '.join([*POSTS, *GETS])}")
+    try:
+        request = Request.model_validate_json(body)
+    except ValidationError as error:
+        wrong = (".".join(map(str, each["loc"])) + f": {each['msg']}" for each in error.errors()[:5])
+        raise HTTPException(400, "; ".join(wrong).removeprefix(": ")) from error
+    if getattr(request, POSTS[path]) is None:
+        raise HTTPException(400, f"{POSTS[path]}: Field required")
+    if request.model not in (None, name):
+        raise HTTPException(404, f"model ({request.model!r}) is not served here: the only one is {name!r}")
+    request.stream = bool(request.stream)  # unasked, /v1/responses would stream
+    return request, request.model_dump_json(exclude_none=True, exclude={"model", "seed"}).encode()

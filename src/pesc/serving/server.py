@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import torch
 
 from pesc.crafting.load import ModelRef, locate
 from pesc.machine.quiet import quiet_libraries
+from pesc.serving import context_length
 
 Engine = Literal["auto", "vllm", "transformers"]
 
@@ -38,38 +40,33 @@ def serve(
         model: whatever `pesc.load` takes; the last part of its path is the name that clients ask for.
         host: address to bind.
         port: 0 takes any free one.
-        api_key: what clients must send; None lets everyone in who reaches the address.
+        api_key: what clients must send; None is PESC_API_KEY from the environment. Without both, everyone who reaches
+            the address may enter.
         engine: "auto" is vLLM where it is installed, and transformers elsewhere.
 
     Raises:
-        FileNotFoundError, ValueError: as `pesc.load` does, and for settings or packages that do not do.
-        OSError: when the address cannot be bound, or vLLM failed.
+        FileNotFoundError, ValueError: as `pesc.load` does; also for a missing package or a wrong setting.
+        OSError: the address cannot be bound, or vLLM failed.
     """
-    if api_key == "":
-        raise ValueError("api_key is empty: give a key, or leave it out to let everyone in")
+    api_key = os.environ.get("PESC_API_KEY") if api_key is None else api_key
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise ValueError("api_key must be ASCII letters, digits and signs; leave it out to let everyone in")
     use_vllm = engine != "transformers" and importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not use_vllm:
         raise ValueError("engine ('vllm') is not installed here: pip install vllm, or use engine='transformers'")
-    if not use_vllm:
-        _check_packages()
+    if not use_vllm and (missing := [package for package in _NEEDED if importlib.util.find_spec(package) is None]):
+        raise ValueError(f'serving needs {", ".join(missing)}: pip install "pesc-moe[serve]"')
     ref = locate(model)
-    _ = ref.base
+    _ = ref.base  # an adapter without its base cannot be served
+    name = Path(os.path.abspath(Path(model).expanduser())).name
     with _bind(host, port) as listener:
         if api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            print(f"warning: everyone who reaches {host} can use this model: set --api-key", file=sys.stderr)
-        if use_vllm:
-            # vLLM binds the address itself; here it was only tried, before minutes of loading.
-            port = listener.getsockname()[1]
-            listener.close()
-            _serve_by_vllm(ref, host, port, api_key)
-        else:
-            _serve_by_transformers(ref, listener, api_key)
-
-
-def _check_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'serving needs {", ".join(missing)}: pip install "pesc-moe[serve]"')
+            print(f"warning: everyone who reaches {host} can use this model: set PESC_API_KEY", file=sys.stderr)
+        if not use_vllm:
+            return _serve_by_transformers(ref, name, listener, api_key)
+        port = listener.getsockname()[1]
+    # vLLM binds the address itself; it was only tried, before minutes of loading.
+    _serve_by_vllm(ref, name, host, port, api_key)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -89,54 +86,51 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _name(model: ModelRef) -> str:
-    return Path(os.path.abspath(Path(model.name).expanduser())).name
-
-
 def _load(model: ModelRef) -> tuple[Any, Any]:
     with quiet_libraries():
         return model.load(folded=True), model.tokenizer()
 
 
-def _serve_by_transformers(model: ModelRef, listener: socket.socket, api_key: str | None) -> None:
+def _serve_by_transformers(model: ModelRef, name: str, listener: socket.socket, api_key: str | None) -> None:
     import uvicorn
     from transformers.utils import logging
 
     from pesc.serving.app import build_app
+    from pesc.serving.middleware import Guard
+    from pesc.serving.requests import read
 
     loaded, tokenizer = _load(model)
     if torch.cuda.is_available():
         loaded.to("cuda")
-    # It logs each request as a warning; uvicorn's log has them.
-    logging.set_verbosity_error()
-    app = build_app(_name(model), loaded, tokenizer, api_key)
+    logging.set_verbosity_error()  # it logs each request as a warning, as uvicorn does
+    app = Guard(build_app(name, loaded, tokenizer), api_key, context_length(loaded.config), partial(read, name=name))
     config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2)
     listener.listen()
     address, port = listener.getsockname()[:2]
-    print(f"{_name(model)} at http://{f'[{address}]' if ':' in address else address}:{port}/v1", flush=True)
+    print(f"{name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1", flush=True)
     with suppress(KeyboardInterrupt):  # uvicorn stops in good order, then raises it
         uvicorn.Server(config).run(sockets=[listener])
 
 
-def _serve_by_vllm(model: ModelRef, host: str, port: int, api_key: str | None) -> None:
-    if model.kind != "adapter":
-        _run_vllm(model.folder, _name(model), host, port, api_key)
-        return
-    with tempfile.TemporaryDirectory(prefix="pesc-serve-") as folder:
-        loaded, tokenizer = _load(model)
-        loaded.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        del loaded
-        _run_vllm(Path(folder), _name(model), host, port, api_key)
+def _serve_by_vllm(model: ModelRef, name: str, host: str, port: int, api_key: str | None) -> None:
+    with tempfile.TemporaryDirectory(prefix="pesc-serve-") as temporary:
+        folder = model.folder
+        if model.kind == "adapter":
+            folder = Path(temporary)
+            for part in _load(model):
+                part.save_pretrained(folder)
+        config = locate(folder).config
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+        command += ["--served-model-name", name, "--host", host, "--port", str(port)]
+        command += ["--middleware", "pesc.serving.middleware.Guard"]
+        if config.dtype == torch.float32:
+            command += ["--dtype", "float32"]  # of itself, vLLM rounds such weights to bfloat16
+        # Not on the command line, where every user of the machine can read the key.
+        keys = {} if api_key is None else dict.fromkeys(("PESC_API_KEY", "VLLM_API_KEY"), api_key)
+        _run(command, os.environ | keys | {"PESC_CONTEXT": str(context_length(config))})
 
 
-def _run_vllm(folder: Path, name: str, host: str, port: int, api_key: str | None) -> None:
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
-    command += ["--served-model-name", name, "--host", host, "--port", str(port)]
-    if locate(folder).config.dtype == torch.float32:
-        command += ["--dtype", "float32"]  # of itself, vLLM rounds such weights to bfloat16
-    # Not on the command line, where every user of the machine can read it.
-    environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key is not None else {})
+def _run(command: list[str], environment: dict[str, str]) -> None:
     # A process group of its own: Ctrl-C reaches vLLM once, through us, and the folder outlives it.
     server = subprocess.Popen(command, env=environment, process_group=0)
     stopped = []
@@ -152,6 +146,4 @@ def _run_vllm(folder: Path, name: str, host: str, port: int, api_key: str | None
         for number, handler in before.items():
             signal.signal(number, handler)
     if code and not stopped:
-        raise OSError(
-            f"vLLM ended with exit code {code}: its messages above say why; --engine transformers does without"
-        )
+        raise OSError(f"vLLM ended with exit code {code}: its messages above say why; or use --engine transformers")
