@@ -35,7 +35,7 @@ $(VENV)/.docs: $(VENV)/.setup
 # vLLM and llama.cpp in environments of their own; the second compiles for some minutes.
 test-engines: setup .engines/.setup
 	$(BIN)/python -m pytest -m engines tests/engines/test_exports.py -s
-	.engines/vllm/bin/python -m pytest -m engines tests/engines/test_vllm_plugin.py -s
+	.engines/vllm/bin/python -m pytest -m engines tests/engines/test_vllm_plugin.py tests/serving/test_vllm.py -s
 
 .engines/.setup: engines/requirements-vllm.txt engines/requirements-llamacpp.txt
 	$(PYTHON) -m venv .engines/vllm
