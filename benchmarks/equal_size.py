@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pesc.config import PescConfig
-from pesc.demo.demo import DENSE, PESC, Stages, demo_mixture, demo_study
+from pesc.demo.demo import Stages, demo_mixture, demo_study
 from pesc.report import findings
 from pesc.report.results import Results
 from pesc.study.study import Study, StudyArm, run_study
@@ -25,9 +25,9 @@ WIDE_LORA, ADAPTER = "dense + LoRA r 74", "LoRA r 16 and one adapter of 512"
 
 
 def equal_size_study(folder: Path, seeds: list[int]) -> Study:
-    """The demo's PESC and dense + LoRA, and two arms that train as many parameters as PESC without choosing experts."""
+    """The demo's PESC and dense + LoRA, and two that train as many parameters without choosing experts."""
     demo = demo_study(folder, seeds, demo_mixture(folder))
-    pesc, dense = (arm for arm in demo.arms if arm.recipe is not None)
+    dense, pesc = (arm for arm in demo.arms if arm.recipe is not None)
     assert pesc.recipe is not None and dense.recipe is not None
     lora = replace(dense.recipe, lora=LoraSettings(r=74, alpha=148))
     adapter = replace(
@@ -35,25 +35,18 @@ def equal_size_study(folder: Path, seeds: list[int]) -> Study:
     )
     others = {WIDE_LORA: (lora, "equal-size/lora"), ADAPTER: (adapter, "equal-size/adapter")}
     arms = [StudyArm(name, recipe, place, title=name) for name, (recipe, place) in others.items()]
-    return replace(
-        demo,
-        arms=[pesc, dense, *arms],
-        comparisons=[(PESC, WIDE_LORA), (PESC, ADAPTER), (PESC, DENSE)],
-        output=folder / "equal-size",
-    )
+    return replace(demo, arms=[*arms, dense, pesc], output=folder / "equal-size")
 
 
 def show(results: Results) -> None:
     """A row for each arm: losses in nats a token, and PESC's difference with its standard error."""
     print(f"| | trained | {' | '.join(f'{domain} | PESC less this' for domain in results.domains)} |")
     print("|---" * (2 + 2 * len(results.domains)) + "|")
-    for arm in results.names:
-        cells = [arm, findings.count(results.of(arm)[0].measured.parameters.trained)]
-        cases = {case.domain: case for case in findings.compare(results, PESC, arm)}
-        for domain in results.domains:
-            case = cases[domain].estimate
-            difference = f"{findings.signed(case.mean)} ± {findings.number(case.error)}"
-            cells += [findings.over_seeds(results.losses(arm, domain)), "" if arm == PESC else difference]
+    for arm in results.arms:
+        cells = [arm.name, findings.count(arm.parameters.trained)]
+        for domain, case in zip(results.domains, findings.compare(results, arm), strict=True):
+            difference = f"{findings.signed(case.estimate.mean)} ± {findings.number(case.estimate.error)}"
+            cells += [findings.over_seeds(results.losses(arm, domain)), "" if arm is results.subject else difference]
         print(f"| {' | '.join(cells)} |")
 
 

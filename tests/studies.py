@@ -13,7 +13,6 @@ from pesc.report.results import (
     Arm,
     Example,
     ExpertCounts,
-    Measured,
     Parameters,
     Question,
     Results,
@@ -26,6 +25,11 @@ from pesc.report.results import (
 DOMAINS = ["chat", "code", "math"]
 DENSE, PESC, BASE = "dense + LoRA", "PESC", "base"
 BASE_LOSS = {"chat": 2.113, "code": 1.421, "math": 1.207}
+SIZES = {
+    BASE: Parameters(134_515_008, 134_515_008, 0),
+    DENSE: Parameters(134_515_008, 134_515_008, 4_884_480),
+    PESC: Parameters(152_350_848, 139_107_648, 22_720_320),
+}
 
 
 def make_results(
@@ -49,34 +53,37 @@ def make_results(
     """
     means = dict(zip(DOMAINS, (-0.031, -0.044, -0.052), strict=True)) if means is None else means
     examples = [Example(domain, 10 + index) for domain in means for index in range(num_examples)]
-    wave = np.array([spread * (-1) ** index for index in range(num_examples)])
 
-    def nll(change: dict[str, float], own: np.ndarray | float) -> list[float]:
-        losses = [BASE_LOSS.get(domain, 1.5) + change[domain] + own * np.ones(num_examples) for domain in means]
-        return [float(e.tokens * loss) for e, loss in zip(examples, np.concatenate(losses), strict=True)]
+    def run(name: str, seed: int | None, shift: float = 0.0) -> Run:
+        change = {BASE: 0.0, DENSE: -0.25, PESC: -0.25 + shift}[name]
+        nll = []
+        for index, example in enumerate(examples):
+            loss = BASE_LOSS.get(example.domain, 1.5) + change
+            if name == PESC:
+                loss += means[example.domain] + spread * (-1) ** index
+            nll.append(float(example.tokens * loss))
+        return Run(
+            key="key",
+            seed=seed,
+            folder=f"{name}-{seed}",
+            parameters=SIZES[name],
+            nll=nll,
+            answers=[f"42, on {domain}" for domain in means],
+            experts=make_counts(list(means), layers, experts) if name == PESC else None,
+            training=None if name == BASE else Training(30, 15360, 250.1 if name == DENSE else 270.3, 2.0),
+        )
 
-    def measured(losses: list[float], parameters: Parameters, seconds: float | None, routed: bool = False) -> Measured:
-        training = None if seconds is None else Training(30, 15360, seconds, 2.0)
-        routing = make_routing(list(means), layers, experts) if routed else None
-        return Measured("key", parameters, losses, [f"42, on {domain}" for domain in means], routing, training)
-
-    dense = dict.fromkeys(means, -0.25)
-    runs = [Run(BASE, None, "base", measured(nll(dict.fromkeys(means, 0.0), 0.0), Parameters(135, 135, 0), None))]
-    for seed, shift in enumerate(seed_shifts):
-        both = {domain: -0.25 + mean + shift for domain, mean in means.items()}
-        size = Parameters(134_515_008, 134_515_008, 4_884_480)
-        runs.append(Run(DENSE, seed, f"dense-{seed}", measured(nll(dense, 0.0), size, 250.1)))
-        size = Parameters(152_350_848, 139_107_648, 22_720_320)
-        runs.append(Run(PESC, seed, f"pesc-{seed}", measured(nll(both, wave), size, 270.3, routed=True)))
     return Results(
         model="smollm2-135m-instruct",
         arms=[
-            Arm(BASE, {}),
-            Arm(DENSE, {"lora.r": "16"}),
-            Arm(PESC, {"pesc.num_experts": str(experts), "lora.r": "16"}),
+            Arm(BASE, {}, [run(BASE, None)]),
+            Arm(DENSE, {"lora.r": "16"}, [run(DENSE, seed) for seed, _ in enumerate(seed_shifts)]),
+            Arm(
+                PESC,
+                {"pesc.num_experts": str(experts), "lora.r": "16"},
+                [run(PESC, seed, shift) for seed, shift in enumerate(seed_shifts)],
+            ),
         ],
-        comparisons=[(PESC, DENSE), (PESC, BASE)],
-        runs=runs,
         examples=examples,
         left_out=0,
         questions=[Question(domain, f"A question about {domain}?", "Forty-two.") for domain in means],
@@ -86,7 +93,7 @@ def make_results(
     )
 
 
-def make_routing(domains: list[str], layers: int, experts: int) -> ExpertCounts:
+def make_counts(domains: list[str], layers: int, experts: int) -> ExpertCounts:
     """Counts of domains that route a little differently, more so in later layers."""
     rng = np.random.default_rng(3)
     common = 0.3 * rng.standard_normal((layers, experts))
@@ -102,16 +109,16 @@ def write_study(folder: Path, results: Results, steps: int = 30) -> Path:
     """A study's folder with its results and the training curves of its runs."""
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(to_json(results))
-    for index, run in enumerate(results.runs):
-        if run.measured.training:
-            (folder / run.folder).mkdir()
-            lines = _metrics(steps, index, run.measured.routing)
+    for index, (_, run) in enumerate(results.runs()):
+        if run.training:
+            (folder / run.folder).mkdir(exist_ok=True)
+            lines = _metrics(steps, index, run.experts)
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (folder / run.folder / "metrics.jsonl").write_text(text)
     return folder
 
 
-def _metrics(steps: int, seed: int, routing: ExpertCounts | None) -> list[dict[str, Any]]:
+def _metrics(steps: int, seed: int, experts: ExpertCounts | None) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
     lines = []
     for step in range(1, steps + 1):
@@ -123,8 +130,8 @@ def _metrics(steps: int, seed: int, routing: ExpertCounts | None) -> list[dict[s
             "tokens": 512 * step,
             "tokens_per_second": 190 + 5 * rng.standard_normal(),
         }
-        if routing:
-            line["aux_loss"] = 2 * len(routing.layers) * (1.08 - 0.06 * drift + 0.004 * rng.standard_normal())
+        if experts:
+            line["aux_loss"] = 2 * len(experts.layers) * (1.08 - 0.06 * drift + 0.004 * rng.standard_normal())
             line["load_entropy"] = 0.955 + 0.03 * drift + 0.002 * rng.standard_normal()
         lines.append(line)
     return lines

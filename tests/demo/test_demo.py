@@ -27,9 +27,9 @@ def test_the_demo_runs_end_to_end_and_a_second_time_from_what_is_there(
     output = tmp_path / "demo"
     report = run.run_demo(output, console)
     results = read_results(output)
-    assert results.names == ["base", "PESC", "dense + LoRA"]
+    assert [arm.name for arm in results.arms] == ["base", "dense + LoRA", "PESC"]
     assert results.domains == ["chat", "code", "math"]
-    base, sparse, dense = (results.of(name)[0].measured.parameters for name in results.names)
+    base, dense, sparse = (arm.parameters for arm in results.arms)
     assert base.trained == 0 < dense.trained < sparse.trained
     assert sparse.active < sparse.total
     text = console.file.getvalue()

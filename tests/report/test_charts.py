@@ -22,17 +22,17 @@ from studies import DOMAINS, make_results, write_study
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Spec]:
     results = make_results(seed_shifts=(0.0, 0.02))
     folder = write_study(tmp_path_factory.mktemp("charts") / "study", results)
-    curves = [(run, read_metrics(folder / run.folder)) for run in results.runs if run.measured.training]
+    curves = [(arm, run, read_metrics(folder / run.folder)) for arm, run in results.runs() if run.training]
     return dict(make_charts(results, curves))
 
 
 def test_a_study_has_these_charts(drawn: dict[str, Spec]) -> None:
-    assert list(drawn) == ["verdict-0", "losses", "load_entropy", "aux_loss", "load-0", "shift-0", "divergence"]
+    assert list(drawn) == ["verdict-0", "loss", "load_entropy", "aux_loss", "load-0", "shift-0", "divergence"]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_chart_is_drawn_in_the_themes_colours(drawn: dict[str, Spec], theme: str) -> None:
-    known = set(re.findall(r"#[0-9a-f]{6}", json.dumps(charts.COLOURS[theme])))
+    known = set(re.findall(r"#[0-9a-f]{6}", json.dumps(charts.theme(theme))))
     for name, chart in drawn.items():
         text = json.dumps(chart)
         assert not re.search(r"#[0-9a-fA-F]{3,8}\b|\bNaN\b", text)
@@ -53,8 +53,9 @@ def test_maps_have_a_cell_for_every_domain_layer_and_expert(drawn: dict[str, Spe
 
 
 def test_half_and_double_lie_equally_far_from_even() -> None:
-    rows = [{"domain": "a", "layer": 0, "expert": e, "share": x / 2, "load": x} for e, x in enumerate((0.5, 2.0, 0.0))]
-    [cells] = charts.load_map(rows, 1, 1.5)["data"].values()
+    place = {"domain": "a", "layer": 0, "shift": 0.1}
+    rows = [{**place, "expert": e, "share": x / 2, "load": x} for e, x in enumerate((0.5, 2.0, 0.0))]
+    cells = charts.expert_map(rows, 1, 1.5)["data"]["values"]
     assert [cell["value"] for cell in cells] == [-1.0, 1.0, -1.5]
 
 

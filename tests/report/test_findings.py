@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pesc.report import findings
-from pesc.report.results import Results
-from studies import BASE, DENSE, DOMAINS, PESC, make_results
+from studies import DENSE, DOMAINS, PESC, make_results
 
 SEEDS = (-0.004, 0.0, 0.004)
 
@@ -45,7 +44,7 @@ def test_the_verdict_follows_the_numbers(means: tuple[float, ...], expected: str
 def test_one_seed_gives_no_verdict(means: tuple[float, ...]) -> None:
     results = make_results(by_domain(*means))
     assert findings.headline(results).startswith("No verdict from one seed: ")
-    for case in findings.compare(results, PESC, DENSE):
+    for case in findings.compare(results, results.others[0]):
         assert case.sentence.startswith("In this run: ")
         assert "standard error over examples" in case.sentence
         assert not any(word in case.sentence for word in ("better", "worse", "beats", "wins"))
@@ -57,13 +56,14 @@ def test_seeds_that_disagree_take_a_verdict_back() -> None:
     unsure = make_results(by_domain(-0.05, -0.05, -0.05), seed_shifts=(-0.06, 0.0, 0.06))
     assert findings.headline(sure).startswith("PESC beats")
     assert findings.headline(unsure).startswith("No clear difference")
-    sentence = findings.compare(unsure, PESC, DENSE)[0].sentence
+    sentence = findings.compare(unsure, unsure.others[0])[0].sentence
     assert "between seeds 0.060" in sentence
     assert not any(findings.ONE_SEED in caveat for caveat in findings.caveats(unsure))
 
 
 def test_the_numbers_of_a_sentence() -> None:
-    case = findings.compare(make_results(by_domain(0.0, 0.0, -0.066), spread=0.01), PESC, DENSE)[2]
+    results = make_results(by_domain(0.0, 0.0, -0.066))
+    case = findings.compare(results, results.others[0])[2]
     assert case.sentence == (
         "In this run: the loss of PESC is lower by 0.066 (standard error over examples 0.002; 0.891 against 0.957)."
     )
@@ -71,41 +71,39 @@ def test_the_numbers_of_a_sentence() -> None:
 
 def test_a_model_worse_than_the_base_is_named() -> None:
     results = make_results(by_domain(3.0, -0.1, -0.1))
-    assert f"{PESC} does not lower the held-out loss on chat" in str(findings.against_base(results))
-    helped = findings.against_base(make_results())
-    assert helped == f"Against base, which is not trained, {DENSE} and {PESC} lower the held-out loss on every domain."
+    assert f"{PESC} lowers the held-out loss on code and math" in findings.lead(results)[0]
+    helped = findings.lead(make_results())[0]
+    assert helped == f"Against base, training lowers the held-out loss of {DENSE} and {PESC} on every domain."
 
 
 def test_means_over_examples_and_over_tokens_that_disagree_are_named() -> None:
     results = make_results()
-    run = results.runs[2]
+    base, dense, pesc = results.arms
     # Better on every example but the last, whose many tokens decide the loss of the domain.
     examples = [*results.examples[:23], replace(results.examples[23], tokens=100_000), *results.examples[24:]]
-    dense = results.runs[1].measured.nll
-    nll = [n - 0.5 * e.tokens for n, e in zip(dense, examples, strict=True)]
-    nll[23] = dense[23] + 0.1 * examples[23].tokens
+    nll = [loss - 0.5 * e.tokens for loss, e in zip(dense.runs[0].nll, examples, strict=True)]
+    nll[23] = dense.runs[0].nll[23] + 0.1 * examples[23].tokens
     changed = replace(
-        results,
-        examples=examples,
-        runs=[*results.runs[:2], replace(run, measured=replace(run.measured, nll=nll))],
+        results, examples=examples, arms=[base, dense, replace(pesc, runs=[replace(pesc.runs[0], nll=nll)])]
     )
-    assert "point opposite ways" in findings.compare(changed, PESC, DENSE)[0].sentence
+    assert "point opposite ways" in findings.compare(changed, dense)[0].sentence
 
 
-def test_any_arms_and_none_to_compare() -> None:
+def test_one_arm_and_an_arm_that_is_not_trained() -> None:
     results = make_results(by_domain(0.1, 0.1, 0.1))
-    alone = replace(results, arms=results.arms[:1], runs=results.runs[:1], comparisons=[])
+    base, _, pesc = results.arms
+    alone = replace(results, arms=[base])
     assert findings.headline(alone) == "Held-out loss of base: nothing is compared."
-    assert findings.against_base(alone) is None
-    assert findings.cost(alone) is None
+    assert findings.lead(alone) == []
     assert findings.caveats(alone)
-    untrained = replace(results, comparisons=[(PESC, BASE)])
-    assert findings.cost(untrained) == "PESC trains 22.72 M parameters."
+    two = replace(results, arms=[base, pesc])
+    assert findings.headline(two).startswith("No verdict from one seed: beside base, ")
+    assert len(findings.lead(two)) == 1
 
 
 def test_costs_and_unequal_sizes_are_told() -> None:
     results = make_results()
-    assert findings.cost(results) == (
+    assert findings.lead(results)[1] == (
         "PESC trains 22.72 M parameters, 4.7 times the 4.88 M of dense + LoRA, and took 270 s against 250 s, with"
         " 2.0 GB at its peak against 2.0 GB."
     )
@@ -113,5 +111,5 @@ def test_costs_and_unequal_sizes_are_told() -> None:
 
 
 def test_left_out_examples_are_told() -> None:
-    results: Results = replace(make_results(), left_out=2)
+    results = replace(make_results(), left_out=2)
     assert any("2 more are left out" in caveat for caveat in findings.caveats(results))

@@ -14,8 +14,8 @@ import pytest
 
 from pesc.report import charts, findings
 from pesc.report.page import write_report
-from pesc.report.results import Arm, ExpertCounts, Results, parse, to_json
-from studies import BASE, DENSE, DOMAINS, PESC, make_results, make_routing, write_study
+from pesc.report.results import ExpertCounts, Results
+from studies import DENSE, DOMAINS, PESC, make_counts, make_results, write_study
 
 
 @pytest.fixture
@@ -37,12 +37,6 @@ def shown(text: str) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def edited(results: Results, change: Callable[[dict[str, Any]], None]) -> Results:
-    data = json.loads(to_json(results))
-    change(data)
-    return parse(Results, json.dumps(data).encode(), "results.json")
-
-
 def test_page_and_pictures(tmp_path: Path) -> None:
     results = make_results(seed_shifts=(0.0, 0.01))
     folder = write_study(tmp_path / "study", results)
@@ -51,7 +45,7 @@ def test_page_and_pictures(tmp_path: Path) -> None:
     pictures = {path.stem for path in (folder / "report").iterdir()}
     assert pictures == {*shown(text), "overview"}
     assert f"<h1>{findings.headline(results)}</h1>" in text
-    for case in findings.compare(results, PESC, DENSE):
+    for case in findings.compare(results, results.others[0]):
         assert case.sentence in text
 
 
@@ -82,12 +76,10 @@ def test_untrusted_text_is_escaped(page: Callable[..., str]) -> None:
 
 def test_layers_may_differ_and_lack_experts(page: Callable[..., str]) -> None:
     results = make_results({**dict.fromkeys(DOMAINS, -0.1), "law": -0.1}, layers=3)
-    run = results.runs[2]
-    counts = {
-        domain: [row, None, [40, 0, 0, 0]] for domain, (row, *_) in make_routing(results.domains, 1, 8).counts.items()
-    }
-    measured = replace(run.measured, routing=ExpertCounts([2, None, 1], counts))
-    text = page(replace(results, runs=[*results.runs[:2], replace(run, measured=measured)]))
+    rows = {domain: row for domain, (row, *_) in make_counts(results.domains, 1, 8).counts.items()}
+    experts = ExpertCounts([2, None, 1], {domain: [row, None, [40, 0, 0, 0]] for domain, row in rows.items()})
+    subject = replace(results.subject, runs=[replace(results.subject.runs[0], experts=experts)])
+    text = page(replace(results, arms=[*results.arms[:2], subject]))
     assert "Layers without experts, left empty: 1." in text
     assert {cell["layer"] for cell in shown(text)["load-0"]["data"]["values"]} == {0, 2}
 
@@ -100,43 +92,30 @@ def test_one_domain_and_one_step(page: Callable[..., str]) -> None:
 
 def test_any_arms(page: Callable[..., str]) -> None:
     results = make_results()
-    names = {BASE: "start", DENSE: "LoRA r 74", PESC: "one adapter of 512"}
-    renamed = edited(
-        results,
-        lambda data: data.update(
-            arms=[{"name": names[arm["name"]], "settings": arm["settings"]} for arm in data["arms"]],
-            runs=[{**run, "arm": names[run["arm"]]} for run in data["runs"]],
-            comparisons=[[names[name] for name in pair] for pair in data["comparisons"]],
-        ),
-    )
-    text = page(renamed)
-    assert "LoRA r 74" in text and "PESC <" not in text
-    assert "one adapter of 512 \u2212 LoRA r 74" in text
-    alone = page(replace(results, arms=results.arms[:1], runs=results.runs[:1], comparisons=[]), name="alone")
+    names = ["start", "LoRA r 74", "one adapter of 512"]
+    text = page(replace(results, arms=[replace(a, name=name) for a, name in zip(results.arms, names, strict=True)]))
+    assert "beside LoRA r 74, the loss of one adapter of 512" in text
+    assert not re.search(rf"{re.escape(DENSE)}|\b{PESC} (is|trains)", text)
+    alone = page(replace(results, arms=results.arms[:1]), name="alone")
     assert shown(alone) == {}
     assert "nothing is compared" in alone
 
 
-def test_many_comparisons_have_a_verdict_each(page: Callable[..., str]) -> None:
+def test_every_trained_arm_has_a_verdict(page: Callable[..., str]) -> None:
     results = make_results()
-    third = replace(results.runs[1], arm="LoRA r 74", folder="third")
-    results = replace(
-        results,
-        arms=[*results.arms, Arm("LoRA r 74", {"lora.r": "74"})],
-        runs=[*results.runs, third],
-        comparisons=[(PESC, DENSE), (PESC, "LoRA r 74"), (PESC, BASE)],
-    )
+    base, dense, pesc = results.arms
+    third = replace(dense, name="LoRA r 74", settings={"lora.r": "74"})
+    results = replace(results, arms=[base, dense, third, pesc])
     text = page(results)
     assert [name for name in shown(text) if name.startswith("verdict")] == ["verdict-0", "verdict-1"]
     assert "PESC against LoRA r 74" in text
-    assert findings.verdict(findings.compare(results, PESC, "LoRA r 74")) in text
+    assert findings.verdict(findings.compare(results, third)) in text
 
 
 def test_a_dense_study_shows_no_routing(page: Callable[..., str]) -> None:
     results = make_results()
-    dense = replace(results, arms=results.arms[:2], runs=results.runs[:2], comparisons=[(DENSE, BASE)])
-    text = page(dense)
-    assert set(shown(text)) == {"losses"}
+    text = page(replace(results, arms=results.arms[:2]))
+    assert set(shown(text)) == {"loss"}
     assert "Where the tokens go" not in text
 
 
@@ -151,7 +130,7 @@ def test_experts_of_each_arms_first_seed_are_shown(page: Callable[..., str]) -> 
 def test_what_is_not_finite_is_told_not_fatal(tmp_path: Path, page: Callable[..., str], value: str) -> None:
     page(make_results())
     folder = tmp_path / "study"
-    for name in ("dense-0", "pesc-0"):
+    for name in (f"{DENSE}-0", "PESC-0"):
         lines = (folder / name / "metrics.jsonl").read_text().splitlines()
         lines[3] = re.sub(r'("\w+"): [-\d.e]+', rf"\1: {value}", lines[3])
         (folder / name / "metrics.jsonl").write_text("\n".join(lines))

@@ -10,7 +10,7 @@ import pytest
 from pesc.report import specialisation
 from pesc.report.results import ExpertCounts
 from pesc.report.specialisation import Specialisation
-from studies import make_routing
+from studies import make_counts
 
 
 def divergence(*rows: list[int]) -> Specialisation:
@@ -33,18 +33,18 @@ def test_the_noise_is_what_chance_gives() -> None:
 
 
 def test_layers_without_a_choice_are_passed_over() -> None:
-    routing = ExpertCounts([None, 1, 2], {"a": [None, [9], [8, 2]], "b": [None, [5], [2, 8]]})
-    assert routing.layers == [2]
-    assert list(specialisation.loads_of(routing, "a")) == [2]
-    assert specialisation.loads_of(routing, "a")[2] == pytest.approx([1.6, 0.4])
-    assert specialisation.shifts_of(routing, "b")[2] == pytest.approx([-0.3, 0.3])
+    experts = ExpertCounts([None, 1, 2], {"a": [None, [9], [8, 2]], "b": [None, [5], [2, 8]]})
+    assert experts.layers == [2]
+    assert experts.shares("a", 2) == pytest.approx([0.8, 0.2])
+    assert list(specialisation.between_domains(experts).bits) == [2]
+    assert "gets 1.6 times its even share" in specialisation.load_notes(experts, None)
 
 
 def test_notes_say_where_the_domains_part() -> None:
     notes = specialisation.notes(ExpertCounts([2], {"a": [[900, 100]], "b": [[200, 800]]}))
     assert "a great deal" in notes
     assert "expert 1 of layer 0 takes 80% of the choices on b, against 45%" in notes
-    same = make_routing(["a"], 2, 4)
+    same = make_counts(["a"], 2, 4)
     assert "near the noise" in specialisation.notes(
         replace(same, counts={"a": same.counts["a"], "b": same.counts["a"]})
     )

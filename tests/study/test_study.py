@@ -15,9 +15,10 @@ from rich.console import Console
 import pesc.study.study as module
 from checkpoints import tiny_dense, write_rows
 from pesc import PescConfig, load
-from pesc.report.results import Results, read_results
+from pesc.report.results import Results, read_metrics, read_results
 from pesc.study.study import Study, StudyArm, run_study
 from pesc.training.recipe import DataSettings, LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
+from pesc.training.train import build_model
 
 PESC, DENSE, BASE = "PESC", "dense + LoRA", "base"
 
@@ -38,10 +39,9 @@ def study(tmp_path: Path) -> Study:
         model=str(dense),
         arms=[
             StudyArm(BASE, folder="base", title="as it is"),
-            StudyArm(PESC, recipe, title="crafted"),
             StudyArm(DENSE, replace(recipe, pesc=None), folder="lora", title="LoRA alone"),
+            StudyArm(PESC, recipe, title="crafted"),
         ],
-        comparisons=[(PESC, DENSE), (PESC, BASE)],
         seeds=[0, 1],
         held_out=write_rows(tmp_path / "held_out.jsonl", count=6),
         max_length=128,
@@ -75,84 +75,87 @@ def test_every_arm_runs_with_every_seed(study: Study) -> None:
     results, _ = run(study, stages)
     assert stages.titles == [
         "as it is",
-        "crafted, seed 0",
         "LoRA alone, seed 0",
+        "crafted, seed 0",
         "Report",
-        "crafted, seed 1",
         "LoRA alone, seed 1",
+        "crafted, seed 1",
         "Report",
     ]
-    assert [(r.arm, r.seed, r.folder) for r in results.runs] == [
+    assert [(arm.name, run.seed, run.folder) for arm, run in results.runs()] == [
         (BASE, None, "base"),
-        (PESC, 0, "."),
         (DENSE, 0, "lora"),
-        (PESC, 1, "seed-1"),
         (DENSE, 1, "seed-1/lora"),
+        (PESC, 0, "."),
+        (PESC, 1, "seed-1"),
     ]
     assert results == read_results(study.folder)
     assert (study.folder / "report.html").is_file()
-    pesc = results.of(PESC)[0].measured
-    assert pesc.parameters.trained > results.of(DENSE)[0].measured.parameters.trained > 0
-    assert pesc.routing is not None and pesc.routing.layers == [1]
-    assert [len(r.measured.answers) for r in results.runs] == [2] * 5
-    assert results.differences(PESC, DENSE, "odd").shape == (2, 3)
-    assert results.of(PESC)[0].measured.nll != results.of(PESC)[1].measured.nll
+    _, dense, pesc = results.arms
+    assert pesc.parameters.trained > dense.parameters.trained > 0
+    assert pesc.runs[0].experts is not None and pesc.runs[0].experts.layers == [1]
+    assert [len(run.answers) for _, run in results.runs()] == [2] * 5
+    assert results.differences(dense, "odd").shape == (2, 3)
+    assert pesc.runs[0].nll != pesc.runs[1].nll
     assert load(study.folder).config.method.num_experts == 4
-    settings = {arm.name: arm.settings for arm in results.arms}
-    assert settings[PESC]["pesc.adapter_dim"] == "8" and "pesc.adapter_dim" not in settings[DENSE]
-    assert settings[BASE] == {}
+    assert pesc.settings["pesc.adapter_dim"] == "8" and "pesc.adapter_dim" not in dense.settings
+    assert results.arms[0].settings == {}
 
 
 def test_an_interrupted_study_goes_on_and_gives_the_same(study: Study) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(study, Stages(stop="LoRA alone, seed 1"))
+        run(study, Stages(stop="crafted, seed 1"))
     so_far = read_results(study.folder)
-    assert [run.arm for run in so_far.runs] == [BASE, PESC, DENSE, PESC]
-    assert so_far.seeds(PESC, DENSE) == [0]
+    assert [len(arm.runs) for arm in so_far.arms] == [1, 2, 1]
+    assert so_far.differences(so_far.others[0], "odd").shape == (1, 3)
     whole, text = run(study)
     assert text.count("complete: nothing to do") == 3
-    assert whole.runs[:4] == so_far.runs
+    assert whole.arms[:2] == so_far.arms[:2]
     again, _ = run(replace(study, folder=study.folder.with_name("again")))
-    assert [r.measured.nll for r in again.runs] == [r.measured.nll for r in whole.runs]
+    assert [run.nll for _, run in again.runs()] == [run.nll for _, run in whole.runs()]
 
 
 def test_runs_are_measured_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = replace(study, seeds=[0])
     results, _ = run(study)
     monkeypatch.setattr(module, "score", None)
     assert run(study)[0] == results
     monkeypatch.undo()
     changed = replace(study, held_out=write_rows(study.held_out.with_name("other.jsonl"), count=8))
-    assert len(run(changed)[0].runs[0].measured.nll) == 8
+    assert len(run(changed)[0].subject.runs[0].nll) == 8
 
 
 def test_a_study_may_add_arms_to_the_runs_of_another(study: Study) -> None:
+    study = replace(study, seeds=[0])
     run(study)
-    assert study.arms[2].recipe is not None
-    wide = StudyArm("LoRA r 4", replace(study.arms[2].recipe, lora=LoraSettings(r=4, alpha=8)), folder="wide")
-    more = replace(study, arms=[*study.arms[1:], wide], comparisons=[(PESC, "LoRA r 4")], output=study.folder / "more")
-    results, _ = run(more)
-    assert [(r.arm, r.folder) for r in results.runs[:3]] == [(PESC, ".."), (DENSE, "../lora"), ("LoRA r 4", "../wide")]
+    _, dense, pesc = study.arms
+    assert dense.recipe is not None
+    wide = StudyArm("LoRA r 4", replace(dense.recipe, lora=LoraSettings(r=4, alpha=8)), folder="wide")
+    results, text = run(replace(study, arms=[wide, dense, pesc], output=study.folder / "more"))
+    assert [(arm.name, run.folder) for arm, run in results.runs()] == [
+        ("LoRA r 4", "../wide"),
+        (DENSE, "../lora"),
+        (PESC, ".."),
+    ]
+    assert text.count("complete: nothing to do") == 2
     assert (study.folder / "more" / "report.html").is_file()
-    assert read_results(study.folder).names == [BASE, PESC, DENSE]
+    assert [arm.name for arm in read_results(study.folder).arms] == [BASE, DENSE, PESC]
 
 
 def test_arms_of_one_seed_start_alike_and_see_the_same_data(study: Study) -> None:
     run(replace(study, seeds=[3]))
-    folders = [study.folder, study.folder / "lora"]
-    tokens = [[line["tokens"] for line in map(eval, (f / "metrics.jsonl").read_text().splitlines())] for f in folders]
-    assert tokens[0] == tokens[1]
-    first = [
-        dict(module.train.__globals__["build_model"](study.recipe_of(arm, 3)).named_parameters())
-        for arm in study.arms[1:]
-    ]
-    lora = [name for name in first[1] if "lora" in name]
-    assert lora and all(torch.equal(first[0][name], first[1][name]) for name in lora)
+    dense, pesc = (read_metrics(folder) for folder in (study.folder / "lora", study.folder))
+    assert dense["tokens"].tolist() == pesc["tokens"].tolist()
+    assert dense["loss"][0] == pytest.approx(pesc["loss"][0], rel=1e-6)
+    one, two = (dict(build_model(study.recipe_of(arm, 3)).named_parameters()) for arm in study.arms[1:])
+    lora = [name for name in one if "lora" in name]
+    assert lora and all(torch.equal(one[name], two[name]) for name in lora)
 
 
 def test_examples_without_an_answer_are_told(study: Study) -> None:
     text = study.held_out.read_text()
     study.held_out.write_text(text + text.splitlines()[0].replace("count", "count " * 30) + "\n")
-    results, shown = run(replace(study, arms=study.arms[:1], comparisons=[]))
+    results, shown = run(replace(study, arms=study.arms[:1]))
     assert (results.left_out, len(results.examples)) == (1, 6)
     assert "1 held-out examples are left out: truncated to 128 tokens" in shown
 

@@ -47,20 +47,15 @@ def demo_recipe(output: Path) -> Recipe:
 def demo_study(output: Path, seeds: list[int], mixture: MixtureInfo) -> Study:
     """The demo's three arms; the runs of PESC lie in the folder itself, so that `pesc chat` finds them there."""
     recipe = demo_recipe(output)
+    dense = dataclasses.replace(recipe, pesc=None)
     return Study(
         folder=output,
         model=EMBEDDED,
         arms=[
             StudyArm(BASE, folder="base", title="The dense model as it is: held-out loss and answers"),
-            StudyArm(PESC, recipe, title="Craft: 8 experts, top 2; tune experts and LoRA; held-out loss and answers"),
-            StudyArm(
-                DENSE,
-                dataclasses.replace(recipe, pesc=None),
-                folder="dense",
-                title="The same data, order, steps and seed for the dense model with LoRA alone",
-            ),
+            StudyArm(DENSE, dense, folder="dense", title="Tune the dense model with LoRA alone; loss and answers"),
+            StudyArm(PESC, recipe, title="The same data, order, steps and seed: craft 8 experts, top 2; tune; measure"),
         ],
-        comparisons=[(PESC, DENSE), (PESC, BASE), (DENSE, BASE)],
         seeds=seeds,
         held_out=mixture.held_out,
         max_length=recipe.data.max_length,
@@ -131,16 +126,15 @@ def show(results: Results, console: Console) -> None:
     table.add_column("")
     for column in (*results.domains, "total", "active", "trained"):
         table.add_column(column, justify="right")
-    for arm in results.names:
+    for arm in results.arms:
         losses = [findings.over_seeds(results.losses(arm, domain)) for domain in results.domains]
-        sizes = dataclasses.astuple(results.of(arm)[0].measured.parameters)
-        table.add_row(arm, *losses, *(findings.count(size) for size in sizes))
+        table.add_row(arm.name, *losses, *(findings.count(size) for size in dataclasses.astuple(arm.parameters)))
     console.print(table)
-    comparisons = findings.compare(results, *results.comparisons[0])
-    console.print(f"{findings.verdict(comparisons)}", highlight=False)
+    comparisons = findings.compare(results, results.others[0])
+    console.print(findings.verdict(comparisons), highlight=False)
     for case in comparisons:
         console.print(f"  {case.domain}: {case.sentence}", highlight=False)
-    if len(results.seeds(*results.comparisons[0])) == 1:
+    if comparisons[0].estimate.num_seeds == 1:
         console.print(findings.ONE_SEED, highlight=False)
 
 

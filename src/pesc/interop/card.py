@@ -135,7 +135,7 @@ def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
 def _results(results: Results | None) -> str:
     if results is None:
         return "## Results\n\nNo results were found beside the model."
-    rows = [[arm, *(f"{results.losses(arm, d).mean():.4f}" for d in results.domains)] for arm in results.names]
+    rows = [[arm.name, *(f"{results.losses(arm, d).mean():.4f}" for d in results.domains)] for arm in results.arms]
     table = _table(["held-out loss", *results.domains], rows)
     return f"## Results\n\n{table}\n\nLoss is nats a token on examples kept out of training; lower is better."
 

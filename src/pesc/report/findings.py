@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pesc.report.results import Metrics, Results, Run
+from pesc.report.results import Arm, Metrics, Results, Run
 from pesc.report.statistics import Estimate, estimate
 
 ONE_SEED = (
     "One seed gives no verdict on the method: in the demo, another seed moved such differences by more than this error"
     " (docs/results.md)."
 )
+Curves = Sequence[tuple[Arm, Run, Metrics]]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,6 @@ class Comparison:
     """Mean over the seeds of the loss of an assistant's token, of the first arm and of the second."""
 
     @property
-    def outcome(self) -> str:
-        """See `Estimate.outcome`."""
-        return self.estimate.outcome
-
-    @property
     def sentence(self) -> str:
         """What the difference says, and no more."""
         case, (first, second) = self.estimate, self.losses
@@ -42,30 +38,26 @@ class Comparison:
             "worse": f"the loss of {self.first} is higher by {number(case.mean)}",
             "unclear": f"no clear difference, the loss of {self.first} differs by {signed(case.mean)}",
             "unmeasured": "no number, since a loss is not finite",
-        }[self.outcome]
+        }[case.outcome]
         if case.num_seeds == 1:
             where, sure = "In this run", f"standard error over examples {number(case.error)}"
         else:
             where = f"Over {case.num_seeds} seeds"
             sure = f"95 % interval {signed(case.low)} to {signed(case.high)}, between seeds {number(case.spread)}"
         text = f"{where}: {text} ({sure}; {number(first)} against {number(second)})."
-        if self.outcome in ("better", "worse") and (first - second) * case.mean < 0:
+        if case.outcome in ("better", "worse") and (first - second) * case.mean < 0:
             text += " Example by example and over all tokens at once the two point opposite ways; trust neither."
         return text
 
 
-def compare(results: Results, first: str, second: str) -> list[Comparison]:
-    """Two arms, domain by domain."""
-    return [
-        Comparison(
-            first,
-            second,
-            domain,
-            estimate(results.differences(first, second, domain)),
-            (float(results.losses(first, domain).mean()), float(results.losses(second, domain).mean())),
-        )
-        for domain in results.domains
-    ]
+def compare(results: Results, other: Arm) -> list[Comparison]:
+    """The study's subject against another arm, domain by domain."""
+    found = []
+    for domain in results.domains:
+        first, second = (float(results.losses(arm, domain).mean()) for arm in (results.subject, other))
+        difference = estimate(results.differences(other, domain))
+        found.append(Comparison(results.subject.name, other.name, domain, difference, (first, second)))
+    return found
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
@@ -77,7 +69,7 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
         "unclear": "not clearly different on {}",
         "unmeasured": "without a finite number on {}",
     }
-    groups = {outcome: [c.domain for c in comparisons if c.outcome == outcome] for outcome in words}
+    groups = {outcome: [c.domain for c in comparisons if c.estimate.outcome == outcome] for outcome in words}
     parts = [words[outcome].format(listed(names)) for outcome, names in groups.items() if names]
     if seeds == 1:
         return f"No verdict from one seed: beside {second}, the loss of {first} in this run is {listed(parts)}."
@@ -91,98 +83,88 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
         "worse": f"{first} is behind {second} {everywhere}",
         "unclear": f"No clear difference between {first} and {second} {everywhere}",
         "unmeasured": f"No verdict: a held-out loss is not a finite number {everywhere}",
-    }[comparisons[0].outcome]
+    }[comparisons[0].estimate.outcome]
     return f"{whole}, over {seeds} seeds."
 
 
 def headline(results: Results) -> str:
     """The study in one sentence."""
-    if results.comparisons:
-        return verdict(compare(results, *results.comparisons[0]))
-    return f"Held-out loss of {listed(results.names)}: nothing is compared."
+    if results.others:
+        return verdict(compare(results, results.others[0]))
+    return f"Held-out loss of {results.subject.name}: nothing is compared."
 
 
-def against_base(results: Results) -> str | None:
-    """Whether training helped at all, before asking which kind helped more; None without an untrained arm."""
-    base = next((arm for arm in results.names if _untrained(results, arm)), None)
-    tuned = [arm for arm in results.names if not _untrained(results, arm)]
-    if base is None or not tuned:
-        return None
-    worse = {
-        arm: [d for d in results.domains if not results.losses(arm, d).mean() < results.losses(base, d).mean()]
-        for arm in tuned
-    }
-    if not any(worse.values()):
-        subject = f"{listed(tuned)} lower" if len(tuned) > 1 else f"{tuned[0]} lowers"
-        return f"Against {base}, which is not trained, {subject} the held-out loss on every domain."
-    parts = [f"{arm} does not lower the held-out loss on {listed(names)}" for arm, names in worse.items() if names]
-    return f"Against {base}, which is not trained, {listed(parts)}; everywhere else training lowers it."
+def lead(results: Results) -> list[str]:
+    """Whether training helped at all, and what the subject costs beside the arm of the headline."""
+    base = next((arm for arm in results.arms if not arm.trained), None)
+    found = []
+    if base and results.subject.trained:
+        helped = {
+            arm.name: [d for d in results.domains if results.losses(arm, d).mean() < results.losses(base, d).mean()]
+            for arm in results.arms
+            if arm.trained
+        }
+        parts = [
+            f"{name} lowers the held-out loss on {listed(domains) or 'no domain'}" for name, domains in helped.items()
+        ]
+        if all(domains == results.domains for domains in helped.values()):
+            parts = [f"training lowers the held-out loss of {listed(list(helped))} on every domain"]
+        found.append(f"Against {base.name}, {listed(parts)}.")
+    if results.others and results.others[0].trained:
+        found.append(_cost(results.subject, results.others[0]))
+    return found
 
 
-def cost(results: Results) -> str | None:
-    """What the first arm of the headline's pair costs beside the second; None without such a pair."""
-    if not results.comparisons:
-        return None
-    first, second = results.comparisons[0]
-    one, other = (results.of(arm)[0].measured.parameters.trained for arm in (first, second))
-    text = f"{first} trains {count(one)} parameters"
-    if other:
-        text += f", {one / other:.1f} times the {count(other)} of {second}"
-    if _untrained(results, first) or _untrained(results, second):
-        return text + "."
-    seconds = [_mean_training(results, arm, "seconds") for arm in (first, second)]
-    memory = [_mean_training(results, arm, "peak_memory_gb") for arm in (first, second)]
-    return text + (
-        f", and took {number(seconds[0], 0)} s against {number(seconds[1], 0)} s, with {number(memory[0], 1)} GB at its"
-        f" peak against {number(memory[1], 1)} GB."
+def _cost(first: Arm, second: Arm) -> str:
+    one, other = first.parameters.trained, second.parameters.trained
+    (seconds, memory), (other_seconds, other_memory) = (
+        np.mean([(run.training.seconds, run.training.peak_memory_gb) for run in arm.runs if run.training], axis=0)
+        for arm in (first, second)
+    )
+    return (
+        f"{first.name} trains {count(one)} parameters, {one / max(other, 1):.1f} times the {count(other)} of"
+        f" {second.name}, and took {number(seconds, 0)} s against {number(other_seconds, 0)} s, with"
+        f" {number(memory, 1)} GB at its peak against {number(other_memory, 1)} GB."
     )
 
 
-def curve_notes(results: Results, metrics: Sequence[tuple[Run, Metrics]]) -> str:
+def curve_notes(curves: Curves) -> str:
     """Where the training curves ended, how fast they were, and whether anything in them was not a number."""
-    ends = []
-    for arm in results.names:
-        mine = [columns for run, columns in metrics if run.arm == arm]
-        if mine:
-            speed = np.mean([_median(columns["tokens_per_second"]) for columns in mine])
-            loss = np.mean([tail(columns["loss"]) for columns in mine])
-            ends.append(f"{arm} {number(float(loss))} at {number(float(speed), 0)} tokens a second")
-    text = f"Mean loss over the last tenth of the logged steps: {listed(ends)}." if ends else "Nothing was trained."
-    for run, columns in metrics:
-        bad = int((~np.isfinite(columns["loss"])).sum())
-        if bad:
-            text += f" Of the {len(columns['loss'])} logged losses of {label(results, run)}, {bad} are not finite."
-    return text
+    ends, bad = [], ""
+    for arm, run, metrics in curves:
+        speed, loss = _finite(metrics["tokens_per_second"]), tail(metrics["loss"])
+        ends.append(f"{arm.label(run)} {number(loss)} at {number(float(np.median(speed)), 0)} tokens a second")
+        if missing := int((~np.isfinite(metrics["loss"])).sum()):
+            bad += f" Of the {len(metrics['loss'])} logged losses of {arm.label(run)}, {missing} are not finite."
+    return f"Mean loss over the last tenth of the logged steps: {listed(ends)}.{bad}"
 
 
 def caveats(results: Results) -> list[str]:
     """What keeps the verdict from being more than it is, the weightiest first."""
     found = []
-    for first, second in results.comparisons[:1]:
-        one, other = (results.of(arm)[0].measured.parameters.trained for arm in (first, second))
-        if other and one > 1.1 * other:
+    for other in results.others[:1]:
+        one, two = results.subject.parameters.trained, other.parameters.trained
+        if two and one > 1.1 * two:
             found.append(
-                f"Not a control of equal size: {first} trains {count(one - other)} more parameters than {second}, so a"
-                " lower loss may come from more weights and not from their being sparse."
+                f"Not a control of equal size: {results.subject.name} trains {count(one - two)} more parameters than"
+                f" {other.name}, so a lower loss may come from more weights and not from their being sparse."
             )
-        found.append(_seed_caveat(results.seeds(first, second)))
-    total = results.runs[0].measured.parameters.total
+        found.append(_seed_caveat(results.seeds(results.subject, other)))
+    total = results.subject.parameters.total
     if total < 1_000_000_000:
         found.append(
             f"A small model ({count(total)} parameters): this tests the workings of the method, not its worth at scale."
         )
     found.append(_held_out_caveat(results))
-    if results.comparisons:
-        number_of = len(results.comparisons) * len(results.domains)
+    if comparisons := len(results.others) * len(results.domains):
         found.append(
             "A difference counts as clear if its 95 % interval leaves out zero. By chance alone, one comparison in"
-            f" twenty does; here there {'are' if number_of > 1 else 'is'} {number_of}."
+            f" twenty does; here there {'are' if comparisons > 1 else 'is'} {comparisons}."
         )
-    steps = {
-        (run.measured.training.steps, run.measured.training.tokens) for run in results.runs if run.measured.training
-    }
-    for step, tokens in sorted(steps):
-        found.append(f"Training saw {tokens:,} tokens in {step:,} steps. Another budget may give another result.")
+    for steps, tokens in sorted(
+        {(run.training.steps, run.training.tokens) for _, run in results.runs() if run.training}
+    ):
+        found.append(f"Training saw {tokens:,} tokens in {steps:,} steps. Another budget may give another result.")
     found.append(
         "The loss on reference answers was measured, not a score on a task. The answers shown are examples, too few to"
         " count from."
@@ -190,9 +172,9 @@ def caveats(results: Results) -> list[str]:
     return found
 
 
-def _seed_caveat(seeds: list[int]) -> str:
+def _seed_caveat(seeds: Sequence[int | None]) -> str:
     if len(seeds) < 2:
-        return f"One run of each model (seed {', '.join(map(str, seeds)) or 'none'}). {ONE_SEED}"
+        return f"One run of each model (seed {seeds[0]}). {ONE_SEED}"
     return (
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}) decide the initial values and the order of the data. The"
         " training data and the held-out examples are the same for all of them; other data may move any difference."
@@ -208,11 +190,6 @@ def _held_out_caveat(results: Results) -> str:
     if min(len(n) for n in sizes.values()) < 30:
         text += " With so few examples the standard error is itself rough."
     return text
-
-
-def label(results: Results, run: Run) -> str:
-    """A run's name: its arm's, with the seed where the arm has several."""
-    return run.arm if len(results.of(run.arm)) == 1 else f"{run.arm}, seed {run.seed}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -246,19 +223,9 @@ def count(value: float) -> str:
 
 def tail(values: np.ndarray) -> float:
     """Mean of the finite values in the last tenth of a curve: where it ended, without the jitter."""
-    last = values[-max(1, len(values) // 10) :]
-    finite = last[np.isfinite(last)]
-    return float(finite.mean()) if len(finite) else math.nan
+    return float(np.mean(_finite(values[-max(1, len(values) // 10) :])))
 
 
-def _median(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if len(finite) else math.nan
-
-
-def _untrained(results: Results, arm: str) -> bool:
-    return all(run.measured.training is None for run in results.of(arm))
-
-
-def _mean_training(results: Results, arm: str, field: str) -> float:
-    return float(np.mean([getattr(run.measured.training, field) for run in results.of(arm)]))
+def _finite(values: np.ndarray) -> np.ndarray:
+    kept = values[np.isfinite(values)]
+    return kept if len(kept) else np.array([math.nan])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from jinja2 import Environment, StrictUndefined
 
 from pesc.report import charts, findings, specialisation
 from pesc.report.charts import Spec
-from pesc.report.findings import Comparison
-from pesc.report.results import Metrics, Results, Run, read_metrics, read_results
+from pesc.report.findings import Curves
+from pesc.report.results import Arm, ExpertCounts, Results, Run, read_metrics, read_results
 
 PAGE, PICTURES, OVERVIEW = "report.html", "report", "overview"
-Curves = Sequence[tuple[Run, Metrics]]
 
 
 def write_report(folder: Path) -> Path:
@@ -32,10 +31,10 @@ def write_report(folder: Path) -> Path:
         FileNotFoundError, ValueError: as `read_results` and `read_metrics` do.
     """
     results = read_results(folder)
-    curves = [(run, read_metrics(folder / run.folder)) for run in results.runs if run.measured.training]
+    curves = [(arm, run, read_metrics(folder / run.folder)) for arm, run in results.runs() if run.training]
     drawn = dict(make_charts(results, curves))
     (folder / PAGE).write_text(render(results, curves, drawn), encoding="utf-8")
-    shown = [drawn[name] for name in ("verdict-0", "losses", "load-0") if name in drawn]
+    shown = [drawn[name] for name in ("verdict-0", "loss", "load-0") if name in drawn]
     overview = {OVERVIEW: charts.stacked(shown, findings.headline(results))} if shown else {}
     _pictures(folder / PICTURES, drawn | overview)
     return folder / PAGE
@@ -43,30 +42,28 @@ def write_report(folder: Path) -> Path:
 
 def _pictures(folder: Path, drawn: Mapping[str, Spec]) -> None:
     folder.mkdir(exist_ok=True)
-    for name, chart in drawn.items():
-        (folder / f"{name}.png").write_bytes(charts.picture(chart))
+    for name, spec in drawn.items():
+        (folder / f"{name}.png").write_bytes(charts.picture(spec))
 
 
 def render(results: Results, curves: Curves, drawn: Mapping[str, Spec]) -> str:
     """The page as text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=findings.number, signed=findings.signed, count=findings.count)
+    environment.filters.update(signed=findings.signed, count=findings.count)
     template = resources.files("pesc.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        title=f"PESC on {results.model}",
-        headline=findings.headline(results),
-        lead=[text for text in (findings.against_base(results), findings.cost(results)) if text],
-        verdicts=[(name, findings.verdict(cases), cases) for name, cases in _verdicts(results)],
         results=results,
-        losses=_losses(results),
-        pairs=[findings.compare(results, *pair) for pair in results.comparisons],
-        curve_notes=findings.curve_notes(results, curves),
-        routed=_routed(results, curves),
-        most=np.log2(len(results.domains)),
+        headline=findings.headline(results),
+        lead=findings.lead(results),
+        verdicts=[(findings.verdict(cases), cases) for cases in _verdicts(results)],
+        losses=[(arm, _losses(results, arm)) for arm in results.arms],
+        curve_notes=findings.curve_notes(curves),
+        routed=[_routed(arm, run, experts, curves) for arm, run, experts in _shown(results)],
         answers=_answers(results),
         caveats=findings.caveats(results),
         settings=_settings(results),
-        charts={name: charts.for_page(chart) for name, chart in drawn.items()},
+        # As wide as its place in the page, unless it is a row of maps.
+        charts={name: spec | ({"width": "container"} if "width" in spec else {}) for name, spec in drawn.items()},
         themes={name: charts.theme(name) for name in charts.COLOURS},
         colours=charts.COLOURS,
         library=charts.library(),
@@ -75,137 +72,110 @@ def render(results: Results, curves: Curves, drawn: Mapping[str, Spec]) -> str:
 
 def make_charts(results: Results, curves: Curves) -> Iterator[tuple[str, Spec]]:
     """Every chart of the page by the id of its place there."""
-    arms = list(dict.fromkeys(run.arm for run, _ in curves))
-    verdicts = list(_verdicts(results))
-    edges = [abs(edge) for _, cases in verdicts for c in cases for edge in (c.estimate.low, c.estimate.high)]
+    arms = [arm.name for arm in results.arms if arm.trained]
+    verdicts = _verdicts(results)
+    edges = [abs(edge) for cases in verdicts for c in cases for edge in (c.estimate.low, c.estimate.high)]
     edge = 1.05 * max([value for value in edges if np.isfinite(value)] + [1e-3])
-    for name, cases in verdicts:
-        yield name, charts.forest(cases, edge)
-    if curves:
-        yield "losses", charts.curves(_curve_rows(results, curves, "loss"), arms, "loss")
-    for field, label in (("load_entropy", "load entropy"), ("aux_loss", "balance loss / even")):
-        rows = _curve_rows(results, [(run, m) for run, m in curves if np.isfinite(m[field]).any()], field)
-        if rows:
-            yield field, charts.curves(rows, arms, label, even=1.0)
-    for index, run in enumerate(_shown(results)):
-        yield from _maps(run, index)
-    rows = [row for run in _routed_runs(results) for row in _divergence_rows(results, run)]
-    if rows:
-        yield "divergence", charts.divergence(rows, arms, 1 + max(row["layer"] for row in rows))
+    for index, cases in enumerate(verdicts):
+        yield f"verdict-{index}", charts.forest(cases, edge)
+    for field, name, even in (
+        ("loss", "loss", None),
+        ("load_entropy", "load entropy", 1.0),
+        ("aux_loss", "balance loss / even", 1.0),
+    ):
+        if rows := _curve_rows(curves, field):
+            yield field, charts.curves(rows, arms, name, even)
+    for index, (_, _, experts) in enumerate(_shown(results)):
+        yield from _maps(experts, index)
+    routed = [(arm, run, run.experts) for arm, run in results.runs() if run.experts and run.experts.layers]
+    if routed and len(results.domains) > 1:
+        rows = [row for found in routed for row in _divergence_rows(*found)]
+        yield "divergence", charts.divergence(rows, arms, max(len(e.num_experts_per_tok) for _, _, e in routed))
 
 
-def _verdicts(results: Results) -> Iterator[tuple[str, list[Comparison]]]:
-    """The comparisons of two trained arms; that training helps is a matter of the table."""
-    trained = {run.arm for run in results.runs if run.measured.training}
-    pairs = [pair for pair in results.comparisons if trained.issuperset(pair)]
-    for index, pair in enumerate(pairs):
-        yield f"verdict-{index}", findings.compare(results, *pair)
+def _verdicts(results: Results) -> list[list[findings.Comparison]]:
+    """The comparisons with trained arms; that training helps is a matter of the table."""
+    return [findings.compare(results, other) for other in results.others if other.trained]
 
 
-def _losses(results: Results) -> list[dict[str, Any]]:
-    """A row for each arm: its losses, and how far they lie from the first arm's."""
-    base = {domain: results.losses(results.names[0], domain).mean() for domain in results.domains}
+def _losses(results: Results, arm: Arm) -> list[tuple[str, float]]:
+    """By domain: an arm's loss in words, and how far it lies from the first arm's."""
+    losses, first = ([results.losses(a, domain) for domain in results.domains] for a in (arm, results.arms[0]))
+    return [(findings.over_seeds(own), own.mean() - base.mean()) for own, base in zip(losses, first, strict=True)]
+
+
+def _curve_rows(curves: Curves, field: str) -> list[dict[str, Any]]:
     rows = []
-    for arm in results.names:
-        losses = {domain: results.losses(arm, domain) for domain in results.domains}
-        cells = [(findings.over_seeds(loss), loss.mean() - base[domain]) for domain, loss in losses.items()]
-        rows.append({"arm": arm, "cells": cells, "parameters": results.of(arm)[0].measured.parameters})
-    return rows
-
-
-def _curve_rows(results: Results, curves: Curves, field: str) -> list[dict[str, Any]]:
-    rows = []
-    for run, metrics in curves:
+    for arm, run, metrics in curves:
         values = metrics[field]
-        if field == "aux_loss" and (routing := run.measured.routing):
-            values = values / max(1, sum(chosen for chosen in routing.num_experts_per_tok if chosen))
-        names = {"arm": run.arm, "run": findings.label(results, run)}
-        columns = zip(metrics["tokens"], values, charts.smooth(values), strict=True)
-        for at, raw, smooth in columns:
-            if np.isfinite(at):
-                rows.append({**names, "tokens": int(at), "raw": charts.finite(raw), "smooth": charts.finite(smooth)})
+        if field == "aux_loss" and run.experts:
+            values = values / max(1, sum(chosen or 0 for chosen in run.experts.num_experts_per_tok))
+        if field == "loss" or np.isfinite(values).any():
+            for at, raw, smooth in zip(metrics["tokens"], values, charts.smooth(values), strict=True):
+                numbers = {"tokens": charts.finite(at), "raw": charts.finite(raw), "smooth": charts.finite(smooth)}
+                rows.append({"arm": arm.name, "run": arm.label(run), **numbers})
     return rows
 
 
-def _routed_runs(results: Results) -> list[Run]:
-    """The runs whose routers have a choice."""
-    return [run for run in results.runs if run.measured.routing and run.measured.routing.layers]
-
-
-def _shown(results: Results) -> list[Run]:
+def _shown(results: Results) -> list[tuple[Arm, Run, ExpertCounts]]:
     """Of each arm with a choice of experts its first run: experts of different seeds have nothing in common."""
-    return list({run.arm: run for run in reversed(_routed_runs(results))}.values())[::-1]
+    first = [(arm, arm.runs[0], arm.runs[0].experts) for arm in results.arms]
+    return [(arm, run, experts) for arm, run, experts in first if experts and experts.layers]
 
 
-def _maps(run: Run, index: int) -> Iterator[tuple[str, Spec]]:
-    routing = run.measured.routing
-    assert routing is not None
-    rows: list[dict[str, Any]] = []
-    for domain in routing.counts:
-        loads, shifts = specialisation.loads_of(routing, domain), specialisation.shifts_of(routing, domain)
-        for layer in routing.layers:
-            for expert, (load, shift) in enumerate(zip(loads[layer], shifts[layer], strict=True)):
-                numbers = {"share": load / len(loads[layer]), "load": load, "shift": shift}
-                place = {"domain": domain, "layer": layer, "expert": expert}
-                rows.append(place | {key: charts.finite(value, 4) for key, value in numbers.items()})
-    depth = len(routing.num_experts_per_tok)
+def _maps(experts: ExpertCounts, index: int) -> Iterator[tuple[str, Spec]]:
+    rows = []
+    for layer in experts.layers:
+        shares_DE = np.array([experts.shares(domain, layer) for domain in experts.counts])
+        shifts_DE = shares_DE - shares_DE.mean(0)
+        for (at, expert), share in np.ndenumerate(shares_DE):
+            place = {"domain": list(experts.counts)[at], "layer": layer, "expert": expert}
+            numbers = {"share": share, "load": share * shares_DE.shape[1], "shift": shifts_DE[at, expert]}
+            rows.append(place | {key: charts.finite(value, 4) for key, value in numbers.items()})
+    loads, shifts = (np.array([row[key] for row in rows], dtype=float) for key in ("load", "shift"))
     with np.errstate(divide="ignore"):
-        spread = np.abs(np.log2([row["load"] for row in rows]))
+        spread = np.quantile(np.abs(np.log2(loads)), 0.95, method="lower")
     # A few dead experts (log of 0) must not decide the scale of all the others.
-    limit = next((size for size in (0.5, 1.0, 2.0) if np.quantile(spread, 0.95, method="lower") <= size), 3.0)
-    yield f"load-{index}", charts.load_map(rows, depth, limit)
-    if len(routing.counts) > 1:
-        most = float(np.quantile(np.abs([row["shift"] for row in rows]), 0.98))
-        yield f"shift-{index}", charts.shift_map(rows, depth, max(most, 0.01))
+    limit = next((size for size in (0.5, 1.0, 2.0) if spread <= size), 3.0)
+    depth = len(experts.num_experts_per_tok)
+    yield f"load-{index}", charts.expert_map(rows, depth, limit)
+    if len(experts.counts) > 1:
+        limit = max(float(np.quantile(np.abs(shifts), 0.98)), 0.01)
+        yield f"shift-{index}", charts.expert_map(rows, depth, limit, shift=True)
 
 
-def _divergence_rows(results: Results, run: Run) -> list[dict[str, Any]]:
-    routing = run.measured.routing
-    assert routing is not None
-    if len(routing.counts) < 2:
-        return []
-    found = specialisation.between_domains(routing)
-    names = {"arm": run.arm, "run": findings.label(results, run)}
+def _divergence_rows(arm: Arm, run: Run, experts: ExpertCounts) -> list[dict[str, Any]]:
+    found = specialisation.between_domains(experts)
+    names = {"arm": arm.name, "run": arm.label(run)}
     return [
         {**names, "layer": layer, "bits": charts.finite(bits, 4), "noise": charts.finite(found.noise[layer], 4)}
         for layer, bits in found.bits.items()
     ]
 
 
-def _routed(results: Results, curves: Curves) -> list[dict[str, Any]]:
-    """What is said and drawn of each arm with a choice of experts."""
-    found = []
-    for index, run in enumerate(_shown(results)):
-        routing = run.measured.routing
-        assert routing is not None
-        metrics = next((columns for other, columns in curves if other is run), None)
-        several = len(routing.counts) > 1
-        found.append(
-            {
-                "index": index,
-                "label": findings.label(results, run),
-                "load_notes": specialisation.load_notes(run, metrics),
-                "notes": specialisation.notes(routing) if several else None,
-                "plain_layers": [layer for layer, k in enumerate(routing.num_experts_per_tok) if k is None],
-                "shares": {
-                    domain: [(layer, [f"{s:.1%}" for s in routing.shares(domain, layer)]) for layer in routing.layers]
-                    for domain in routing.counts
-                },
-            }
-        )
-    return found
+def _routed(arm: Arm, run: Run, experts: ExpertCounts, curves: Curves) -> dict[str, Any]:
+    """What is said of an arm with a choice of experts."""
+    metrics = next((columns for _, other, columns in curves if other is run), None)
+    return {
+        "label": arm.label(run),
+        "load_notes": specialisation.load_notes(experts, metrics),
+        "notes": specialisation.notes(experts) if len(experts.counts) > 1 else None,
+        "plain_layers": [layer for layer, chosen in enumerate(experts.num_experts_per_tok) if chosen is None],
+    }
 
 
 def _answers(results: Results) -> list[dict[str, Any]]:
     """The questions with an answer of each arm's first run; the first question of each domain is shown unfolded."""
-    seen: set[str] = set()
-    shown = []
-    for index, question in enumerate(results.questions):
-        answers = [(arm, results.of(arm)[0].measured.answers[index]) for arm in results.names]
-        columns = [("reference", question.reference), *answers]
-        shown.append({"question": question, "columns": columns, "open": question.domain not in seen})
-        seen.add(question.domain)
-    return shown
+    asked = [question.domain for question in results.questions]
+    return [
+        {
+            "question": question,
+            "open": asked.index(question.domain) == index,
+            "columns": [("reference", question.reference)]
+            + [(arm.name, arm.runs[0].answers[index]) for arm in results.arms],
+        }
+        for index, question in enumerate(results.questions)
+    ]
 
 
 def _settings(results: Results) -> dict[str, dict[str, str]]:

@@ -7,12 +7,13 @@ Nothing derived is stored: means, differences and intervals are computed from th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from annotated_types import Ge, Len
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -20,10 +21,8 @@ RESULTS, METRICS = "results.json", "metrics.jsonl"
 SCHEMA = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
 LENIENT = ConfigDict(extra="ignore")
 """For files whose writer has more to say than we read."""
-
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A float. NaN and infinity are written as such; null, which other writers put in their place, is read as NaN."""
-
 T = TypeVar("T")
 
 
@@ -56,18 +55,13 @@ class ExpertCounts:
     """By domain and decoder layer: for each expert, the number of tokens that chose it."""
 
     def __post_init__(self) -> None:
-        depth = len(self.num_experts_per_tok)
-        widths: list[int | None] | None = None
-        for domain, layers in self.counts.items():
-            if len(layers) != depth:
-                raise ValueError(f"counts.{domain} has {len(layers)} layers, num_experts_per_tok has {depth}")
-            found = [None if layer is None else len(layer) for layer in layers]
-            widths = widths or found
-            for index, (width, first, chosen) in enumerate(zip(found, widths, self.num_experts_per_tok, strict=True)):
-                if width != first or (width is None) != (chosen is None):
-                    raise ValueError(f"counts.{domain}[{index}] has {width} experts, other lists {first}")
-            if not any(sum(layer) > 0 for layer in layers if layer is not None):
-                raise ValueError(f"counts.{domain} counts no token")
+        wanted = [chosen is not None for chosen in self.num_experts_per_tok]
+        sizes = {name: [layer and len(layer) for layer in layers] for name, layers in self.counts.items()}
+        for name, found in sizes.items():
+            if [size is not None for size in found] != wanted:
+                raise ValueError(f"counts.{name} must have experts in the layers in which num_experts_per_tok is given")
+            if found != next(iter(sizes.values())):
+                raise ValueError(f"counts.{name} has {found} experts in its layers, another domain has others")
 
     @property
     def layers(self) -> list[int]:
@@ -77,9 +71,7 @@ class ExpertCounts:
 
     def choices(self, domain: str, layer: int) -> np.ndarray:
         """[E] the counts of one layer that has experts."""
-        row = self.counts[domain][layer]
-        assert row is not None
-        return np.array(row, dtype=float)
+        return np.array(self.counts[domain][layer], dtype=float)
 
     def shares(self, domain: str, layer: int) -> np.ndarray:
         """[E] the share of each expert in the choices of one layer; the shares sum to 1."""
@@ -88,32 +80,24 @@ class ExpertCounts:
 
 
 @dataclass(frozen=True, config=SCHEMA)
-class Measured:
+class Run:
     """One model on the held-out examples."""
 
     key: str
     """SHA-256 of the model, the examples and the settings of the measurement."""
+    seed: int | None
+    """None for a model that was not trained."""
+    folder: str
+    """Of the run, relative to that of the file that says so."""
     parameters: Parameters
     nll: list[Number]
     """Negative log-likelihood of the assistant's tokens of each example, summed, in nats."""
     answers: list[str]
     """To each of the study's questions."""
-    routing: ExpertCounts | None
+    experts: ExpertCounts | None
     """None for a dense model."""
     training: Training | None
     """None for a model that was not trained."""
-
-
-@dataclass(frozen=True, config=SCHEMA)
-class Run:
-    """One arm trained with one seed."""
-
-    arm: str
-    seed: int | None
-    """None for a model that was not trained."""
-    folder: str
-    """The run's folder, relative to that of the results."""
-    measured: Measured
 
 
 @dataclass(frozen=True, config=SCHEMA)
@@ -123,6 +107,22 @@ class Arm:
     name: str
     settings: dict[str, str]
     """The recipe, with dotted names; empty for a model that was not trained."""
+    runs: Annotated[list[Run], Len(1)]
+    """One for each seed."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether its runs were trained."""
+        return self.runs[0].training is not None
+
+    @property
+    def parameters(self) -> Parameters:
+        """The same in all its runs."""
+        return self.runs[0].parameters
+
+    def label(self, run: Run) -> str:
+        """A run's name: the arm's, with the seed if there are several."""
+        return self.name if len(self.runs) == 1 else f"{self.name}, seed {run.seed}"
 
 
 @dataclass(frozen=True, config=SCHEMA)
@@ -130,12 +130,8 @@ class Example:
     """A held-out conversation."""
 
     domain: str
-    tokens: int
+    tokens: Annotated[int, Ge(1)]
     """The assistant's tokens, by which the loss is divided."""
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ValueError(f"tokens ({self.tokens}) must be at least 1")
 
 
 @dataclass(frozen=True, config=SCHEMA)
@@ -162,11 +158,9 @@ class Results:
 
     model: str
     """The dense model that every arm starts from."""
-    arms: list[Arm]
-    comparisons: list[tuple[str, str]]
-    """Pairs of arms; a difference is the first one's loss less the second one's. The first pair makes the headline."""
-    runs: list[Run]
-    examples: list[Example]
+    arms: Annotated[list[Arm], Len(1)]
+    """The last one is what the study is about: it is compared with each of the others."""
+    examples: Annotated[list[Example], Len(1)]
     left_out: int
     """Held-out examples that are not scored, since truncation leaves nothing of the answer."""
     questions: list[Question]
@@ -175,47 +169,41 @@ class Results:
     machine: str
 
     def __post_init__(self) -> None:
-        faults = [*self._run_faults(), *self._pair_faults()]
-        if not self.examples:
-            faults.append("examples must not be empty")
-        if faults:
+        if faults := [*self._faults()]:
             raise ValueError("; ".join(faults))
 
-    def _run_faults(self) -> Iterable[str]:
-        for index, run in enumerate(self.runs):
-            place, routing = f"runs[{index}]", run.measured.routing
-            if run.arm not in self.names:
-                yield f"{place}.arm ({run.arm}) must be the name of an arm"
-            for field, wanted in (("nll", self.examples), ("answers", self.questions)):
-                if (found := len(getattr(run.measured, field))) != len(wanted):
-                    yield f"{place}.measured.{field} has {found} entries and must have {len(wanted)}"
-            if routing and set(routing.counts) != set(self.domains):
-                yield f"{place}.measured.routing.counts must have the domains {', '.join(self.domains)}"
-
-    def _pair_faults(self) -> Iterable[str]:
-        if len(set(self.names)) < len(self.names):
+    def _faults(self) -> Iterator[str]:
+        if len({arm.name for arm in self.arms}) < len(self.arms):
             yield "arms must differ in name"
-        yield from (f"arms: {name} has no run" for name in self.names if not self.of(name))
-        for index, pair in enumerate(self.comparisons):
-            unknown = [name for name in pair if name not in self.names]
-            if unknown:
-                yield f"comparisons[{index}] must name arms, and {', '.join(unknown)} is none"
-            elif not self.seeds(*pair) and all(run.seed is not None for name in pair for run in self.of(name)):
-                yield f"comparisons[{index}]: {' and '.join(pair)} share no seed"
+        for index, arm in enumerate(self.arms):
+            if not self.seeds(arm, self.arms[-1]):
+                yield f"arms[{index}].runs must share a seed with those of {self.arms[-1].name}"
+            for number, run in enumerate(arm.runs):
+                place = f"arms[{index}].runs[{number}]"
+                for field, wanted in (("nll", self.examples), ("answers", self.questions)):
+                    if (found := len(getattr(run, field))) != len(wanted):
+                        yield f"{place}.{field} has {found} entries and must have {len(wanted)}"
+                if run.experts and set(run.experts.counts) != set(self.domains):
+                    yield f"{place}.experts.counts must have the domains {', '.join(self.domains)}"
 
     @property
-    def names(self) -> list[str]:
-        """Names of the arms, in order."""
-        return [arm.name for arm in self.arms]
+    def subject(self) -> Arm:
+        """What the study is about."""
+        return self.arms[-1]
+
+    @property
+    def others(self) -> list[Arm]:
+        """What it is compared with: trained arms first, as that training helps is seldom in doubt."""
+        return sorted(self.arms[:-1], key=lambda arm: not arm.trained)
 
     @property
     def domains(self) -> list[str]:
         """In the order of the examples."""
         return list(dict.fromkeys(example.domain for example in self.examples))
 
-    def of(self, arm: str) -> list[Run]:
-        """The runs of an arm, one for each seed."""
-        return [run for run in self.runs if run.arm == arm]
+    def runs(self) -> Iterator[tuple[Arm, Run]]:
+        """Every run with its arm."""
+        return ((arm, run) for arm in self.arms for run in arm.runs)
 
     def tokens(self, domain: str) -> np.ndarray:
         """[N] the assistant's tokens of a domain's examples."""
@@ -223,31 +211,31 @@ class Results:
 
     def nll(self, run: Run, domain: str) -> np.ndarray:
         """[N] summed negative log-likelihood of a domain's examples in one run, in nats."""
-        pairs = zip(self.examples, run.measured.nll, strict=True)
+        pairs = zip(self.examples, run.nll, strict=True)
         return np.array([nll for example, nll in pairs if example.domain == domain])
 
-    def losses(self, arm: str, domain: str) -> np.ndarray:
+    def losses(self, arm: Arm, domain: str) -> np.ndarray:
         """[S] mean loss of an assistant's token in each run of an arm, in nats."""
-        return np.array([self.nll(run, domain).sum() for run in self.of(arm)]) / self.tokens(domain).sum()
+        return np.array([self.nll(run, domain).sum() for run in arm.runs]) / self.tokens(domain).sum()
 
-    def seeds(self, *arms: str) -> list[int]:
-        """The seeds that every trained arm of these has runs of."""
-        found = [{run.seed for run in self.of(arm) if run.seed is not None} for arm in arms]
-        trained = [seeds for seeds in found if seeds]
-        return sorted(set.intersection(*trained)) if trained else []
+    @staticmethod
+    def seeds(first: Arm, second: Arm) -> list[int | None]:
+        """The seeds with which two arms can be compared: those of both; None if neither was trained."""
+        one, two = ({run.seed for run in arm.runs} for arm in (first, second))
+        shared = one & two if first.trained == second.trained else (one | two) - {None}
+        return sorted(shared, key=lambda seed: (seed is None, seed))
 
-    def differences(self, first: str, second: str, domain: str) -> np.ndarray:
-        """[S, N] loss of `first` less that of `second`, by seed and example, each a mean over the example's tokens.
+    def differences(self, other: Arm, domain: str) -> np.ndarray:
+        """[S, N] loss of the subject less that of another arm, by seed and example, a mean over the example's tokens.
 
         A model that was not trained counts as the same in every seed.
         """
-        seeds: list[int | None] = [*self.seeds(first, second)]
-        rows = [[self._at(arm, seed) for arm in (first, second)] for seed in seeds or [None]]
+        seeds = self.seeds(self.subject, other)
+        rows = [
+            [next(r for r in arm.runs if r.seed in (seed, None)) for arm in (self.subject, other)] for seed in seeds
+        ]
         with np.errstate(invalid="ignore"):
             return np.array([self.nll(a, domain) - self.nll(b, domain) for a, b in rows]) / self.tokens(domain)
-
-    def _at(self, arm: str, seed: int | None) -> Run:
-        return next(run for run in self.of(arm) if run.seed in (seed, None))
 
 
 @dataclass(frozen=True, config=LENIENT)

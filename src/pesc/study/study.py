@@ -27,9 +27,19 @@ from pesc.evaluation.held_out import HeldOut, encode_held_out, score
 from pesc.evaluation.samples import generate_answers
 from pesc.machine.progress import Progress
 from pesc.machine.quiet import quiet_libraries
-from pesc.report import results
 from pesc.report.page import write_report
-from pesc.report.results import Measured, Question, Results, Source
+from pesc.report.results import (
+    RESULTS,
+    Arm,
+    Parameters,
+    Question,
+    Results,
+    Run,
+    Source,
+    Training,
+    parse,
+    to_json,
+)
 from pesc.storage.files import new_file
 from pesc.storage.weights import weights_hash
 from pesc.training.recipe import Recipe
@@ -63,8 +73,7 @@ class Study:
     model: str
     """What every arm starts from: a folder, a hub id, or smollm2-135m-instruct."""
     arms: list[StudyArm]
-    comparisons: list[tuple[str, str]]
-    """Pairs of arms, the one that makes the headline first."""
+    """The last one is compared with each of the others."""
     seeds: list[int]
     held_out: Path
     """JSONL, conversations with a `domain` each."""
@@ -137,56 +146,52 @@ def run_study(study: Study, console: Console, stage: Stage) -> Results:
             " keep nothing of their answers"
         )
     output = study.output or study.folder
-    runs: list[results.Run] = []
+    output.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, list[Run]] = {}
     for arm, seed in study.runs():
         with stage(arm.title + (f", seed {seed}" if seed is not None and len(study.seeds) > 1 else "")):
             if seed is not None:
                 train(study.recipe_of(arm, seed), console, label=f"  {arm.name}")
+            run = measure(study, arm, seed, console)
             folder = os.path.relpath(study.folder_of(arm, seed), output)
-            runs.append(results.Run(arm.name, seed, folder, measure(study, arm, seed, console)))
-            found = results_of(study, runs)
-            output.mkdir(parents=True, exist_ok=True)
-            (output / results.RESULTS).write_text(results.to_json(found), encoding="utf-8")
+            runs.setdefault(arm.name, []).append(dataclasses.replace(run, folder=folder))
+            results = _results(study, runs)
+            (output / RESULTS).write_text(to_json(results), encoding="utf-8")
         if seed is not None and arm is study.arms[-1]:
             with stage("Report"):
                 write_report(output)
-    return found
+    return results
 
 
-def measure(study: Study, arm: StudyArm, seed: int | None, console: Console) -> Measured:
-    """Held-out loss, routing and answers of one run; read from its scores.json if that was measured on the same."""
+def measure(study: Study, arm: StudyArm, seed: int | None, console: Console) -> Run:
+    """Held-out loss, expert counts and answers of one run; from its scores.json if that was measured on the same."""
     folder = study.folder_of(arm, seed)
-    ref, path = locate(folder if arm.recipe else study.model), folder / SCORES
+    ref, path, summary = locate(folder if arm.recipe else study.model), folder / SCORES, folder / SUMMARY
     key = _key(study, ref)
-    if path.is_file():
-        there = results.parse(Measured, path.read_bytes(), str(path))
-        if there.key == key:
-            return there
+    if path.is_file() and (there := parse(Run, path.read_bytes(), str(path))).key == key:
+        return there
     with quiet_libraries():
         model = ref.load()
-    parameters = count_parameters(model)
+    parameters = Parameters(**dataclasses.asdict(count_parameters(model)))
     fold(model)
     with Progress(console, f"  {arm.name}: held-out loss", len(study.examples.examples)) as progress:
-        nll, routing = score(model, study.examples, on_batch=progress.update)
+        nll, experts = score(model, study.examples, on_batch=progress.update)
     prompts = [question.prompt for question in study.questions]
     answers = generate_answers(model, ref.tokenizer(), prompts, max_new_tokens=study.answer_tokens) if prompts else []
-    summary = folder / SUMMARY
-    training = results.parse(results.Training, summary.read_bytes(), str(summary)) if arm.recipe else None
-    measured = Measured(key, results.Parameters(**dataclasses.asdict(parameters)), nll, answers, routing, training)
+    training = parse(Training, summary.read_bytes(), str(summary)) if arm.recipe else None
+    run = Run(key, seed, ".", parameters, nll, answers, experts, training)
     path.unlink(missing_ok=True)
     with new_file(path) as partial:
-        partial.write_text(results.to_json(measured), encoding="utf-8")
-    return measured
+        partial.write_text(to_json(run), encoding="utf-8")
+    return run
 
 
-def results_of(study: Study, runs: list[results.Run]) -> Results:
+def _results(study: Study, runs: dict[str, list[Run]]) -> Results:
     """The results of the runs that are measured."""
-    names = {run.arm for run in runs}
+    arms = [arm for arm in study.arms if arm.name in runs]
     return Results(
         model=study.model,
-        arms=[results.Arm(arm.name, _settings(arm.recipe)) for arm in study.arms if arm.name in names],
-        comparisons=[pair for pair in study.comparisons if names.issuperset(pair)],
-        runs=list(runs),
+        arms=[Arm(arm.name, _settings(arm.recipe), runs[arm.name]) for arm in arms],
         examples=study.examples.examples,
         left_out=study.examples.left_out,
         questions=study.questions,
