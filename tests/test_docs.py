@@ -53,7 +53,7 @@ def named_commands() -> Iterator[tuple[str, list[str]]]:
             yield name_of(page), shlex.split(code)[1:]
 
 
-@pytest.mark.parametrize(("page", "words"), shell_commands(), ids=lambda value: str(value)[:80])
+@pytest.mark.parametrize(("page", "words"), list(shell_commands()), ids=lambda value: str(value)[:80])
 def test_shell_commands_parse(page: str, words: list[str]) -> None:
     _, bound, unused = app.parse_args(words, exit_on_error=False, print_error=False)
     assert not unused
@@ -63,7 +63,7 @@ def test_shell_commands_parse(page: str, words: list[str]) -> None:
         assert bound.arguments.get("format", "pesc") in (BEST_STOCK, *FORMATS)
 
 
-@pytest.mark.parametrize(("page", "words"), named_commands(), ids=lambda value: str(value)[:80])
+@pytest.mark.parametrize(("page", "words"), list(named_commands()), ids=lambda value: str(value)[:80])
 def test_named_commands_exist(page: str, words: list[str]) -> None:
     try:
         app.parse_args(words, exit_on_error=False, print_error=False)
@@ -77,7 +77,7 @@ def test_a_wrong_command_would_be_seen() -> None:
             app.parse_args(words, exit_on_error=False, print_error=False)
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value.splitlines()[0][:60])
+@pytest.mark.parametrize(("page", "code"), list(blocks("python")), ids=lambda value: value.splitlines()[0][:60])
 def test_python_compiles_and_uses_public_names(page: str, code: str) -> None:
     compile(code, page, "exec")
     used = set(re.findall(r"\bpesc\.(\w+)", code))
