@@ -126,7 +126,7 @@ def test_every_option_and_setting_has_an_entry() -> None:
             shown = f"`{argument.name}`" in texts[verb] or f"`{argument.name.lstrip('-').upper()}`" in texts[verb]
             assert shown or not argument.show, (verb, argument.name)
     recipe = options.settings_of_recipe()
-    for setting in ("model.name", "pesc.adapter_dim", "lora.r", "data.train", "training.learning_rate", "output.folder"):
+    for setting in ("model.name", "pesc.adapter_dim", "lora.r", "data.train", "training.seed", "output.folder"):
         assert f"`{setting}`" in recipe
 
 
