@@ -53,7 +53,7 @@ def named_commands() -> Iterator[tuple[str, list[str]]]:
             yield name_of(page), shlex.split(code)[1:]
 
 
-@pytest.mark.parametrize(("page", "words"), shell_commands(), ids=lambda value: str(value)[:80])
+@pytest.mark.parametrize(("page", "words"), list(shell_commands()), ids=lambda value: str(value)[:80])
 def test_shell_commands_parse(page: str, words: list[str]) -> None:
     _, bound, unused = app.parse_args(words, exit_on_error=False, print_error=False)
     assert not unused
@@ -63,7 +63,7 @@ def test_shell_commands_parse(page: str, words: list[str]) -> None:
         assert bound.arguments.get("format", "pesc") in (BEST_STOCK, *FORMATS)
 
 
-@pytest.mark.parametrize(("page", "words"), named_commands(), ids=lambda value: str(value)[:80])
+@pytest.mark.parametrize(("page", "words"), list(named_commands()), ids=lambda value: str(value)[:80])
 def test_named_commands_exist(page: str, words: list[str]) -> None:
     try:
         app.parse_args(words, exit_on_error=False, print_error=False)
@@ -77,7 +77,7 @@ def test_a_wrong_command_would_be_seen() -> None:
             app.parse_args(words, exit_on_error=False, print_error=False)
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value.splitlines()[0][:60])
+@pytest.mark.parametrize(("page", "code"), list(blocks("python")), ids=lambda value: value.splitlines()[0][:60])
 def test_python_compiles_and_uses_public_names(page: str, code: str) -> None:
     compile(code, page, "exec")
     used = set(re.findall(r"\bpesc\.(\w+)", code))
@@ -126,7 +126,7 @@ def test_every_option_and_setting_has_an_entry() -> None:
             shown = f"`{argument.name}`" in texts[verb] or f"`{argument.name.lstrip('-').upper()}`" in texts[verb]
             assert shown or not argument.show, (verb, argument.name)
     recipe = options.settings_of_recipe()
-    for setting in ("model.name", "pesc.adapter_dim", "lora.r", "data.train", "training.learning_rate", "output.folder"):
+    for setting in ("model.name", "pesc.adapter_dim", "lora.r", "data.train", "training.seed", "output.folder"):
         assert f"`{setting}`" in recipe
 
 

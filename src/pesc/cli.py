@@ -31,7 +31,7 @@ app = App(
 def demo(*, output: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,)) -> None:
     """Run the complete job on the embedded model: craft, tune on chat, code and math, compare, report.
 
-    Some 10 minutes a seed on two cores. An interrupted demo goes on where it stopped.
+    Some 10 minutes a seed on two cores. The same command resumes an interrupted demo.
 
     Example: `pesc demo --output runs/demo --seeds 0 1 2`
 
@@ -40,7 +40,7 @@ def demo(*, output: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,)) -> 
     output
         Folder of the run.
     seeds
-        Of the initial values and the order of the data. One seed gives no verdict; more are run one after the other.
+        Seeds of the initial values and of the order of the data. One seed gives no verdict.
     """
     from pesc.demo.demo import run_demo
 
