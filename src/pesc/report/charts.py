@@ -144,7 +144,7 @@ def curves(rows: Rows, arms: Sequence[str], label: str, even: float | None = Non
         even: height of a dashed line, in a chart of half the width.
     """
     picked = alt.selection_point(name="picked", fields=["arm"], bind="legend")
-    near = alt.selection_point(name="near", nearest=True, on="pointerover", clear="pointerout", empty=False)
+    near = alt.selection_point(name="near", on="pointerover", clear="pointerout", empty=False)
     base = alt.Chart(alt.Data(values=list(rows))).encode(
         x=alt.X("tokens:Q", title="training tokens").axis(format=",d", tickCount=5, grid=False),
         color=_colour(rows, arms),
@@ -157,9 +157,9 @@ def curves(rows: Rows, arms: Sequence[str], label: str, even: float | None = Non
     layers = [
         base.mark_line(strokeWidth=1).encode(y=raw, opacity=_opacity(picked, 0.3, 0.05)),
         base.mark_line(strokeWidth=2.5, point=len(rows) < 3).encode(y=up, opacity=_opacity(picked, 1, 0.1)),
-        base.mark_point(filled=True, size=70)
-        .encode(y=up, opacity=_opacity(near, 1, 0), tooltip=tooltip)
-        .add_params(picked, near),
+        base.mark_point(filled=True, size=70).encode(y=up, opacity=_opacity(near, 1, 0)),
+        # Not `nearest`: Vega-Lite (6.4) then finds no text fields for the tooltip.
+        base.mark_point(filled=True, size=300, opacity=0).encode(y=up, tooltip=tooltip).add_params(picked, near),
     ]
     if even is not None:
         layers.append(_rule(strokeDash=[4, 3]).encode(y=alt.datum(even)))
