@@ -121,6 +121,10 @@ def test_runs_are_measured_once(study: Study, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "score", None)
     assert run(study)[0] == results
     monkeypatch.undo()
+    (study.folder / "scores.json").write_text("{")
+    again, text = run(study)
+    assert again == results
+    assert text.count("measuring again") == 1 and "study/scores.json: Invalid JSON" in text
     changed = replace(study, held_out=write_rows(study.held_out.with_name("other.jsonl"), count=8))
     assert len(run(changed)[0].subject.runs[0].nll) == 8
 

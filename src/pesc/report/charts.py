@@ -53,7 +53,13 @@ def theme(name: str) -> dict[str, Any]:
     """A Vega-Lite config: light or dark."""
     colours = COLOURS[name]
     text = dict.fromkeys(("labelColor", "titleColor"), colours["muted"]) | {"labelFontSize": 12, "titleFontSize": 12}
-    symbols = {"symbolType": "stroke", "symbolOpacity": 1, "symbolStrokeWidth": 3, "gradientLength": 160}
+    symbols = {
+        "symbolType": "stroke",
+        "symbolOpacity": 1,
+        "symbolStrokeWidth": 3,
+        "gradientLength": 160,
+        "labelLimit": 300,
+    }
     return {
         "background": colours["card"],
         "font": FONT,
@@ -109,7 +115,7 @@ def forest(comparisons: Sequence[Comparison], edge: float) -> Spec:
         rows.append(place | numbers | words)
         seeds += [{"domain": case.domain, "mean": finite(mean)} for mean in found.by_seed if found.num_seeds > 1]
     first, second = comparisons[0].first, comparisons[0].second
-    title = [f"loss of {first} less that of {second}, nats a token", f"\u2190 {first} better\u2003\u2003worse \u2192"]
+    title = [f"loss of {first} less {second}", f"\u2190 {first} better\u2003nats a token\u2003worse \u2192"]
     domains = [case.domain for case in comparisons]
     up = alt.Y("domain:N", title=None).scale(domain=domains).axis(labelColor=_role("ink"), labelFontSize=13)
     across = alt.X("mean:Q", title=title).scale(domain=[-edge, edge], nice=False).axis(tickCount=7, format="+.2~f")

@@ -130,13 +130,18 @@ def _cost(first: Arm, second: Arm) -> str:
 
 def curve_notes(curves: Curves) -> str:
     """Where the training curves ended, how fast they were, and whether anything in them was not a number."""
-    ends, bad = [], ""
+    ends: dict[str, list[tuple[float, float]]] = {}
+    bad = ""
     for arm, run, metrics in curves:
-        speed, loss = _finite(metrics["tokens_per_second"]), tail(metrics["loss"])
-        ends.append(f"{arm.label(run)} {number(loss)} at {number(float(np.median(speed)), 0)} tokens a second")
+        speed = float(np.median(_finite(metrics["tokens_per_second"])))
+        ends.setdefault(arm.name, []).append((tail(metrics["loss"]), speed))
         if missing := int((~np.isfinite(metrics["loss"])).sum()):
             bad += f" Of the {len(metrics['loss'])} logged losses of {arm.label(run)}, {missing} are not finite."
-    return f"Mean loss over the last tenth of the logged steps: {listed(ends)}.{bad}"
+    parts = []
+    for name, pairs in ends.items():
+        loss, speed = np.mean(pairs, axis=0)
+        parts.append(f"{name} {number(loss)} at {number(speed, 0)} tokens a second")
+    return f"Mean loss over the last tenth of the logged steps: {listed(parts)}.{bad}"
 
 
 def caveats(results: Results) -> list[str]:

@@ -19,8 +19,7 @@ from pydantic.dataclasses import dataclass
 
 RESULTS, METRICS = "results.json", "metrics.jsonl"
 SCHEMA = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
-LENIENT = ConfigDict(extra="ignore")
-"""For files whose writer has more to say than we read."""
+LENIENT = ConfigDict(extra="ignore")  # their writer has more to say than we read
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A float. NaN and infinity are written as such; null, which other writers put in their place, is read as NaN."""
 T = TypeVar("T")
@@ -67,7 +66,7 @@ class ExpertCounts:
     def layers(self) -> list[int]:
         """Indices of the decoder layers in which experts are chosen; one expert alone is no choice."""
         first = next(iter(self.counts.values()), [])
-        return [index for index, layer in enumerate(first) if layer is not None and len(layer) > 1]
+        return [index for index, layer in enumerate(first) if layer and len(layer) > 1]
 
     def choices(self, domain: str, layer: int) -> np.ndarray:
         """[E] the counts of one layer that has experts."""
@@ -211,8 +210,7 @@ class Results:
 
     def nll(self, run: Run, domain: str) -> np.ndarray:
         """[N] summed negative log-likelihood of a domain's examples in one run, in nats."""
-        pairs = zip(self.examples, run.nll, strict=True)
-        return np.array([nll for example, nll in pairs if example.domain == domain])
+        return np.array([nll for e, nll in zip(self.examples, run.nll, strict=True) if e.domain == domain])
 
     def losses(self, arm: Arm, domain: str) -> np.ndarray:
         """[S] mean loss of an assistant's token in each run of an arm, in nats."""

@@ -21,7 +21,6 @@ class Estimate:
     high: float
     by_seed: list[float]
     """The mean in each seed's run."""
-    num_examples: int
 
     @property
     def num_seeds(self) -> int:
@@ -65,7 +64,7 @@ def estimate(differences_SN: np.ndarray) -> Estimate:
     if variance > 0:
         freedoms = zip(parts, (examples - 1, seeds - 1), strict=False)
         reach *= student_t(variance**2 / sum(part**2 / freedom for part, freedom in freedoms))
-    return Estimate(mean, error, mean - reach, mean + reach, by_seed.tolist(), examples)
+    return Estimate(mean, error, mean - reach, mean + reach, by_seed.tolist())
 
 
 def student_t(freedom: float) -> float:

@@ -168,7 +168,7 @@ def measure(study: Study, arm: StudyArm, seed: int | None, console: Console) -> 
     folder = study.folder_of(arm, seed)
     ref, path, summary = locate(folder if arm.recipe else study.model), folder / SCORES, folder / SUMMARY
     key = _key(study, ref)
-    if path.is_file() and (there := parse(Run, path.read_bytes(), str(path))).key == key:
+    if (there := _measured(path, console)) and there.key == key:
         return there
     with quiet_libraries():
         model = ref.load()
@@ -184,6 +184,14 @@ def measure(study: Study, arm: StudyArm, seed: int | None, console: Console) -> 
     with new_file(path) as partial:
         partial.write_text(to_json(run), encoding="utf-8")
     return run
+
+
+def _measured(path: Path, console: Console) -> Run | None:
+    try:
+        return parse(Run, path.read_bytes(), str(path)) if path.is_file() else None
+    except ValueError as error:
+        console.print(f"  {error}; measuring again", highlight=False)
+        return None
 
 
 def _results(study: Study, runs: dict[str, list[Run]]) -> Results:
