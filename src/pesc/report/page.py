@@ -43,7 +43,8 @@ def write_report(folder: Path) -> Path:
 def _pictures(folder: Path, drawn: Mapping[str, Spec]) -> None:
     folder.mkdir(exist_ok=True)
     for name, spec in drawn.items():
-        (folder / f"{name}.png").write_bytes(charts.picture(spec))
+        # The overview is large, and meant for a README.
+        (folder / f"{name}.png").write_bytes(charts.picture(spec, scale=1 if name == OVERVIEW else 1.5))
 
 
 def render(results: Results, curves: Curves, drawn: Mapping[str, Spec]) -> str:
