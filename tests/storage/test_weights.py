@@ -69,3 +69,17 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"secret": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="files must lie in the folder itself"):
         import_checkpoint(source, tmp_path / "out")
+
+
+def test_an_index_of_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ValueError, match="is no index of a checkpoint"):
+        Weights(tmp_path)
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    torch.save({"new": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    torch.save({"old": torch.ones(1)}, tmp_path / "pytorch_model-00001-of-00001.bin")
+    weight_map = {"old": "pytorch_model-00001-of-00001.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert list(Weights(tmp_path).tensors) == ["new"]

@@ -61,8 +61,8 @@ class Weights:
                 if name in self.tensors:
                     raise ValueError(f"{name} lies in both {self.tensors[name].file} and {file}: one must go")
                 self.tensors[name] = info
-        if files is None:
-            self._keep_indexed()
+        if files is None and (index := _weights_or_index(folder, pickled)).suffix == ".json":
+            self._keep_indexed(index)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,14 +87,11 @@ class Weights:
             self._open = None
         return tensor
 
-    def _keep_indexed(self) -> None:
-        index = {".bin": BIN_INDEX}.get(self.files[0].suffix, INDEX)
-        if self.files[0].name in (SINGLE, BIN_SINGLE):
-            return
-        named = _weight_map(self.folder / index)
-        absent = sorted(name for name in named if name not in self.tensors)
+    def _keep_indexed(self, index: Path) -> None:
+        named = _weight_map(index)
+        absent = sorted(named.keys() - self.tensors.keys())
         if absent:
-            raise ValueError(f"the files of {self.folder} lack {', '.join(absent[:8])}, named by {index}")
+            raise ValueError(f"the files of {self.folder} lack {', '.join(absent[:8])}, named by {index.name}")
         self.tensors = {name: info for name, info in self.tensors.items() if name in named}
 
     def _list(self, file: Path) -> dict[str, TensorInfo]:
@@ -129,31 +126,31 @@ def weight_files(folder: Path, *, pickled: bool = True) -> list[Path]:
         FileNotFoundError: when there are none, or the index names one that is missing.
         ValueError: for an index that is none, or that names files outside the folder.
     """
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        return _indexed(folder, INDEX)
-    if pickled and (folder / BIN_INDEX).is_file():
-        return _indexed(folder, BIN_INDEX)
-    if pickled and (folder / BIN_SINGLE).is_file():
-        return [folder / BIN_SINGLE]
+    found = _weights_or_index(folder, pickled)
+    return _indexed(found) if found.suffix == ".json" else [found]
+
+
+def _weights_or_index(folder: Path, pickled: bool) -> Path:
+    names = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX) if pickled else (SINGLE, INDEX)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
     if not pickled and any(folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} holds neither {SINGLE} nor {INDEX} (.bin files are pickles: save the model again as safetensors)"
         )
-    names = [SINGLE, INDEX, *([BIN_SINGLE, BIN_INDEX] if pickled else [])]
     raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}: no checkpoint's weights")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{index} is no index of a checkpoint, it has no weight_map: download it again")
     return weight_map
 
 
-def _indexed(folder: Path, index: str) -> list[Path]:
-    names = sorted(set(_weight_map(folder / index).values()))
+def _indexed(index: Path) -> list[Path]:
+    folder, names = index.parent, sorted(set(_weight_map(index).values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ValueError(f"the index of {folder} names {', '.join(outside)}: files must lie in the folder itself")
@@ -210,15 +207,12 @@ class ShardWriter:
         self._flush()
         count = len(self._shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        for index, name in enumerate(names):
-            (self._folder / f"shard-{index}").rename(self._folder / name)
+        for shard, name in enumerate(names):
+            (self._folder / f"shard-{shard}").rename(self._folder / name)
         if count > 1:
             weight_map = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
-            index_values = {
-                "metadata": {"total_size": self._total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            write_json(self._folder / INDEX, index_values)
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self._folder / INDEX, index)
 
     def _flush(self) -> None:
         save_file(self._pending, self._folder / f"shard-{len(self._shards)}", {"format": "pt"})
