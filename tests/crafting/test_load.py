@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import tiny_dense
 from pesc import PescConfig, add_lora, craft, craft_checkpoint, save_adapter
+from pesc.crafting import sources
+from pesc.crafting.embedded import EMBEDDED
 from pesc.crafting.load import load, load_tokenizer, locate
 from pesc.crafting.sources import resolve
 
@@ -114,3 +116,14 @@ def test_a_ref_knows_kind_base_run_and_settings(tmp_path: Path) -> None:
         assert not ref.differences().lines()
         assert set(dict(ref.load(folded=True).named_parameters())) == set(dict(ref.skeleton().named_parameters()))
         assert ref.tokenizer().chat_template
+
+
+def test_a_base_that_has_the_name_of_its_run_is_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dense = tiny_dense(tmp_path / "cache")
+    monkeypatch.setattr(sources, "embedded_folder", lambda: dense)
+    model = add_lora(load(EMBEDDED), LoraConfig(r=2, target_modules="all-linear"))
+    Path(EMBEDDED).mkdir()
+    save_adapter(model, Path(EMBEDDED) / "adapter")
+    ref = locate(EMBEDDED)
+    assert (ref.kind, ref.base.kind, ref.base.folder) == ("adapter", "dense", dense)

@@ -244,7 +244,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, console: Conso
     recipe = make_recipe(tmp_path)
     train(recipe, console)
     (recipe.output.folder / "checkpoints" / "checkpoint-99").mkdir()
-    assert training.last_checkpoint(recipe.output.folder) == str(recipe.output.folder / "checkpoints" / "checkpoint-6")
+    assert training.last_checkpoint(recipe.output.folder) == recipe.output.folder / "checkpoints" / "checkpoint-6"
 
 
 def test_a_complete_run_is_left_alone_and_another_recipe_refused(tmp_path: Path, console: Console) -> None:

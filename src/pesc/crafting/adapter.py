@@ -23,6 +23,8 @@ from pesc.storage.compare import compare_tensors
 from pesc.storage.files import new_folder, read_json, write_json
 from pesc.storage.weights import Weights, weights_hash
 
+ADAPTER = "adapter"
+"""The adapter folder's name in a run and in a checkpoint of one."""
 ADAPTER_JSON, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 
 
@@ -48,10 +50,9 @@ class AdapterSettings:
             ValueError: the file lacks a setting, or one breaks its rule.
         """
         path, values = folder / ADAPTER_JSON, read_json(folder / ADAPTER_JSON)
-        missing = [key for key in cls.__dataclass_fields__ if key not in values]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged")
         kinds = {"base_model": str, "base_sha256": str, "pesc": dict | None, "lora": dict | None}
+        if missing := [key for key in kinds if key not in values]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged")
         wrong = [f"{key} ({values[key]!r})" for key, kind in kinds.items() if not isinstance(values[key], kind)]
         if wrong:
             raise ValueError(f"{path}: {', '.join(wrong)} must be of another type: it is damaged")
@@ -74,10 +75,10 @@ class AdapterSettings:
         base = model.config.name_or_path
         if not base:
             raise ValueError("the model was not loaded from anywhere: save its base and set model.config.name_or_path")
-        folder = Path(base).expanduser()
+        folder = resolve(base)
         return cls(
-            base_model=str(folder.resolve()) if folder.is_dir() else base,
-            base_sha256=weights_hash(resolve(base)),
+            base_model=str(folder.resolve()) if folder == Path(base).expanduser() else base,
+            base_sha256=weights_hash(folder),
             pesc=model.config.method if crafted_ffns(model) else None,
             lora=_lora_settings(loras[LORA_NAME]) if loras else None,
         )

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.config import PescConfig
-from pesc.crafting.adapter import ADAPTER_JSON, AdapterSettings, adapter_weights, load_adapter_weights
+from pesc.crafting.adapter import ADAPTER, ADAPTER_JSON, AdapterSettings, adapter_weights, load_adapter_weights
 from pesc.crafting.configuration import MODEL_TYPE, crafted_config
 from pesc.crafting.craft import craft
 from pesc.crafting.lora import adapter_tensors, add_lora, fold
@@ -66,7 +67,7 @@ class ModelRef:
             return self
         base = self.base_name or self.settings.base_model
         try:
-            return locate(base)
+            return _standalone(base)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{self.folder} needs its base {base} (sha256 {self.settings.base_sha256[:12]}…), which is not there: "
@@ -90,9 +91,9 @@ class ModelRef:
     @property
     def run(self) -> Path | None:
         """The folder of the run that made an adapter, with its recipe; None if there is none."""
-        places = (self.folder, self.folder.parent) if self.kind == "adapter" else ()
-        holds = (place for place in places if place == self.folder or place / "adapter" == self.folder)
-        return next((place for place in holds if (place / RECIPE).is_file()), None)
+        places = [self.folder, self.folder.parent] if self.folder.name == ADAPTER else [self.folder]
+        recipes = [place for place in places if self.kind == "adapter" and (place / RECIPE).is_file()]
+        return recipes[0] if recipes else None
 
     @property
     def pesc_config(self) -> PescConfig | None:
@@ -199,13 +200,11 @@ def locate(path: str | Path, *, base: str | Path | None = None, pickled: bool = 
     """
     given = Path(path).expanduser()
     # A base may have been trained into a run of its own name: its config.json says that it is a model itself.
-    places = (given,) if (given / "config.json").is_file() else (given, given / "adapter")
+    places = (given,) if (given / "config.json").is_file() else (given, given / ADAPTER)
     for folder in places:
         if (folder / ADAPTER_JSON).is_file():
             return ModelRef(str(path), folder, "adapter", None if base is None else str(base))
-    folder = resolve(path, pickled=pickled)
-    crafted = read_json(folder / "config.json").get("model_type") == MODEL_TYPE
-    return ModelRef(str(path), folder, "crafted" if crafted else "dense")
+    return _standalone(path, pickled=pickled)
 
 
 def load(
@@ -237,6 +236,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return locate(path).tokenizer()
 
 
+def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
+    folder = resolve(path, pickled=pickled)
+    crafted = read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+    return ModelRef(str(path), folder, "crafted" if crafted else "dense")
+
+
 def _read_config(folder: Path, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -256,12 +261,8 @@ def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
         )
     except OSError as error:
         raise FileNotFoundError(f"{ref.folder}: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        if "safetensor" in type(error).__name__.lower():
-            raise ValueError(
-                f"{ref.folder}: a weight file is damaged or truncated ({error}); download it again"
-            ) from error
-        raise
+    except SafetensorError as error:
+        raise ValueError(f"{ref.folder}: a weight file is damaged or truncated ({error}); download it again") from error
     differences = loading_differences(info)
     # A dense family may leave tensors aside (old buffers, heads for other tasks); experts are never left aside.
     differences.unexpected = [key for key in differences.unexpected if _EXPERTS.search(key)]

@@ -11,12 +11,13 @@ import datasets
 import torch
 from peft import LoraConfig
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig
 
-from pesc.crafting.adapter import load_adapter_weights, save_adapter
+from pesc.crafting.adapter import ADAPTER, load_adapter_weights, save_adapter
 from pesc.crafting.craft import craft
-from pesc.crafting.load import locate
+from pesc.crafting.load import RECIPE, locate
 from pesc.crafting.lora import add_lora, train_experts
 from pesc.crafting.surgery import crafted_ffns
 from pesc.data.chat import encode_examples
@@ -28,8 +29,7 @@ from pesc.training.callbacks import METRICS, MetricsWriter
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
 
-RECIPE, SUMMARY, DATA_DIGEST = "recipe.yaml", "summary.json", "train_data.sha256"
-CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+SUMMARY, DATA_DIGEST, CHECKPOINTS = "summary.json", "train_data.sha256", "checkpoints"
 
 
 def train(recipe: Recipe, console: Console | None = None, label: str = "train") -> Path:
@@ -67,7 +67,14 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     (run / DATA_DIGEST).write_text(_digest(recipe.data.train) + "\n")
     writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
-        trainer = _build_trainer(recipe, model, tokenizer, examples, writer)
+        trainer = PescTrainer(
+            model,
+            args=_arguments(recipe),
+            train_dataset=datasets.Dataset.from_list(examples),
+            processing_class=tokenizer,
+            callbacks=[writer],
+        )
+        trainer.remove_callback(PrinterCallback)
         try:
             with measure_peak_memory() as peak:
                 _train_or_resume(trainer, run)
@@ -107,44 +114,23 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def _build_trainer(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, list[int]]],
-    writer: MetricsWriter,
-) -> PescTrainer:
-    trainer = PescTrainer(
-        model,
-        args=_arguments(recipe),
-        train_dataset=datasets.Dataset.from_list(examples),
-        processing_class=tokenizer,
-        callbacks=[writer],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
 def _train_or_resume(trainer: PescTrainer, run: Path) -> None:
-    for folder in (run / CHECKPOINTS).glob("checkpoint-*"):
-        if not _is_complete(folder):
-            shutil.rmtree(folder)
     checkpoint = last_checkpoint(run)
-    if checkpoint is not None and trainer.is_finished_at(checkpoint):
-        load_adapter_weights(trainer.model, Path(checkpoint) / "adapter")
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step >= state.max_steps:
+            load_adapter_weights(trainer.model, checkpoint / ADAPTER)
+            return
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    # The trainer writes this file last.
-    return (checkpoint / "trainer_state.json").is_file()
-
-
-def last_checkpoint(run: Path) -> str | None:
-    """The newest complete checkpoint in a run's folder; None when there is none."""
-    found = [folder for folder in (run / CHECKPOINTS).glob("checkpoint-*") if _is_complete(folder)]
-    return str(max(found, key=lambda folder: int(folder.name.split("-")[-1]))) if found else None
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint in a run's folder, or None; removes those that are not complete."""
+    for folder in (run / CHECKPOINTS).glob("checkpoint-*"):
+        if not (folder / TRAINER_STATE_NAME).is_file():  # the trainer writes it last
+            shutil.rmtree(folder)
+    found = (run / CHECKPOINTS).glob("checkpoint-*")
+    return max(found, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
 
 
 def _encoded_examples(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from trl import SFTTrainer
 
-from pesc.crafting.adapter import load_adapter_weights, save_adapter
+from pesc.crafting.adapter import ADAPTER, load_adapter_weights, save_adapter
 from pesc.crafting.backbone import watch_routing
 from pesc.data.chat import IGNORE_INDEX
 from pesc.machine.allocator import release_where_scarce
@@ -40,19 +39,14 @@ class RoutingMetrics(Trainer):
 class AdapterCheckpoints(Trainer):
     """Checkpoints hold the adapter folder: neither the base, nor anything pickled of the model."""
 
-    def is_finished_at(self, checkpoint: str) -> bool:
-        """Whether a checkpoint is that of the last step."""
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        return state.global_step >= state.max_steps
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_adapter(self.model, Path(output_dir or self.args.output_dir) / "adapter")
+        save_adapter(self.model, Path(output_dir or self.args.output_dir) / ADAPTER)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None for checkpoints: trl's would describe another kind of folder."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_weights(model or self.model, Path(os.fspath(resume_from_checkpoint)) / "adapter")
+        load_adapter_weights(model or self.model, Path(resume_from_checkpoint) / ADAPTER)
 
 
 class LabelledPositions(Trainer):
