@@ -139,7 +139,6 @@ def test_interrupted_conversion_leaves_nothing(
     stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_half(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
 
     def interrupt(gguf: Path, folder: Path) -> None:
@@ -155,7 +154,6 @@ def test_interrupted_conversion_leaves_nothing(
 
 def test_a_faster_process_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other_finishes(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
         theirs = tmp_path / "models" / EMBEDDED
         theirs.mkdir()
         (theirs / "config.json").write_text("theirs")

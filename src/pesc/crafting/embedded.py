@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from pesc.storage.files import new_folder
 from pesc.storage.hub import cache_folder, package_folder
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -42,7 +41,7 @@ def embedded_folder(cache: Path | None = None) -> Path:
 
     The folder holds a plain Llama ``config.json`` (tied embeddings, ``dtype`` float32), ``model.safetensors``
     in float32 (about 540 MB), the tokenizer with its ChatML template, ``generation_config.json`` and a model
-    card. It appears complete or not at all: an interrupted conversion leaves nothing behind.
+    card.
 
     Args:
         cache: the folder to keep it in; by default that of `cache_folder`.
@@ -59,18 +58,15 @@ def embedded_folder(cache: Path | None = None) -> Path:
         return target
     gguf = _verified_gguf()
     _log.info("converting %s to %s (once)", gguf.name, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{EMBEDDED}-", dir=target.parent) as staging:
-        folder = Path(staging) / EMBEDDED
-        _save_model(gguf, folder)
-        _save_tokenizer(gguf, folder)
-        (folder / "README.md").write_text(_CARD, encoding="utf-8")
-        try:
-            os.replace(folder, target)
-        except OSError:
-            # Another process may have finished first: its folder is as good as ours.
-            if not target.is_dir():
-                raise
+    try:
+        with new_folder(target) as folder:
+            _save_model(gguf, folder)
+            _save_tokenizer(gguf, folder)
+            (folder / "README.md").write_text(_CARD, encoding="utf-8")
+    except OSError:
+        # Another process may have finished first: its folder is as good as ours.
+        if not target.is_dir():
+            raise
     return target
 
 
