@@ -22,7 +22,7 @@ def crafted(family: str = "llama"):
 
 
 def balance_of(router_logits) -> torch.Tensor:
-    return router_losses(router_logits=router_logits, num_experts_per_tok=[2, 1], attention_mask=COUNTED)[0]
+    return router_losses(router_logits=router_logits, num_experts_per_tok=[2, 1], mask=COUNTED.flatten())[0]
 
 
 def test_router_logits_and_aux_loss_are_shown_when_asked_for() -> None:

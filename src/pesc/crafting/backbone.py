@@ -11,6 +11,7 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from pesc.crafting.surgery import crafted_ffns
@@ -42,6 +43,7 @@ class PescBackbone(Extension, PreTrainedModel):
         """The names of the dense forward's arguments."""
         return {"argument_names": argument_names(dense.forward)}
 
+    @can_return_tuple
     def forward(self, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
         """The dense forward; with `output_router_logits`, the output has `router_logits` as a causal LM's has.
 
@@ -50,8 +52,7 @@ class PescBackbone(Extension, PreTrainedModel):
         """
         trains = self.training and torch.is_grad_enabled()
         if not (trains or output_router_logits or self.watchers):
-            return super().forward(*args, **kwargs)
-        return_dict = kwargs.pop("return_dict", None)
+            return super().forward(*args, return_dict=True, **kwargs)
         with record_router_logits(self) as router_logits:
             outputs = super().forward(*args, return_dict=True, **kwargs)
         routing = self._routing(router_logits, argument("attention_mask", self.argument_names, args, kwargs))
@@ -61,7 +62,7 @@ class PescBackbone(Extension, PreTrainedModel):
             _replace_hidden_states(outputs, carry_loss(outputs.last_hidden_state, routing.loss, self.loss_scale()))
         if output_router_logits:
             outputs["router_logits"] = tuple(logits.detach() for logits in router_logits)
-        return outputs if default(return_dict, self.config.return_dict) else outputs.to_tuple()
+        return outputs
 
     def loss_scale(self) -> float:
         """What the gradient of a pass's router losses is multiplied by."""
@@ -72,11 +73,10 @@ class PescBackbone(Extension, PreTrainedModel):
         method, routers = self.config.method, [ffn.router for _, ffn in crafted_ffns(self)]
         _refuse_routers_cut_off(routers, router_logits)
         top_k = [router.num_experts_per_tok for router in routers]
-        balance, z = router_losses(
-            router_logits=router_logits, num_experts_per_tok=top_k, attention_mask=attention_mask
-        )
+        mask = token_mask(attention_mask, router_logits[0].shape[0])
+        balance, z = router_losses(router_logits=router_logits, num_experts_per_tok=top_k, mask=mask)
         loss = method.router_aux_loss_coef * balance + method.router_z_loss_coef * z
-        return Routing(router_logits, top_k, token_mask(attention_mask, router_logits[0].shape[0]), balance, loss)
+        return Routing(router_logits, top_k, mask, balance, loss)
 
 
 def set_router_loss_scale(model: nn.Module, scale: float | None) -> None:
@@ -115,11 +115,6 @@ def argument_names(method: Callable[..., Any]) -> tuple[str, ...]:
 def argument(name: str, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """An argument of a call, whether it was given by position or by name; None if it was left out."""
     return args[names.index(name)] if name in names[: len(args)] else kwargs.get(name)
-
-
-def default(value: bool | None, fallback: bool) -> bool:
-    """A flag, or its default if it was left out."""
-    return fallback if value is None else value
 
 
 def _backbones(model: nn.Module) -> list[PescBackbone]:

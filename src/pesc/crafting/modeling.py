@@ -19,8 +19,9 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from pesc.crafting.backbone import PescBackbone, argument, argument_names, default, watch_routing
+from pesc.crafting.backbone import PescBackbone, argument, argument_names, watch_routing
 from pesc.crafting.surgery import add_experts
 from pesc.method.backends import AUTO
 from pesc.method.extend import Extension, extend_class
@@ -107,14 +108,14 @@ def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
     """
     names = argument_names(dense_forward)
 
+    @can_return_tuple
     @functools.wraps(dense_forward)
     def forward(self: Any, *args: Any, output_router_logits: bool | None = None, **kwargs: Any) -> Any:
         trains = self.training and torch.is_grad_enabled()
         if not (trains or output_router_logits):
-            return dense_forward(self, *args, **kwargs)
+            return dense_forward(self, *args, return_dict=True, **kwargs)
         if trains:
             _refuse_unknown_scale(self, argument("labels", names, args, kwargs), kwargs.get("num_items_in_batch"))
-        return_dict = kwargs.pop("return_dict", None)
         with watch_routing(self.base_model) as passes:
             outputs = dense_forward(self, *args, return_dict=True, **kwargs)
         (routing,) = passes
@@ -126,7 +127,7 @@ def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
                 aux_loss=routing.aux_loss.detach(),
                 router_logits=tuple(logits.detach() for logits in routing.router_logits),
             )
-        return outputs if default(return_dict, self.config.return_dict) else outputs.to_tuple()
+        return outputs
 
     forward.__signature__ = _with_output_router_logits(inspect.signature(dense_forward))  # type: ignore[attr-defined]
     return forward

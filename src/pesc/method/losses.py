@@ -82,19 +82,18 @@ def router_losses(
     *,
     router_logits: Sequence[torch.Tensor],
     num_experts_per_tok: Sequence[int],
-    attention_mask: Any = None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Balance and z-loss of a whole model: the sums over its crafted layers, without their weights.
 
     Args:
         router_logits: a [T, E] tensor for each layer.
         num_experts_per_tok: K of each layer.
-        attention_mask: as the model gets it; see `token_mask`.
+        mask: [T], true or 1 for tokens that count.
 
     Returns:
         (balance, z), two fp32 scalars on the first layer's device.
     """
-    mask = token_mask(attention_mask, router_logits[0].shape[0])
     device = router_logits[0].device
     balance = torch.zeros((), device=device)
     z = torch.zeros((), device=device)
