@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pesc.machine.progress import Progress
 
 METRICS = "metrics.jsonl"
+_NOTHING_YET = {"step": 0, "tokens": 0, "elapsed": 0.0}
 
 
 class MetricsWriter(TrainerCallback):
@@ -28,7 +29,7 @@ class MetricsWriter(TrainerCallback):
         self.path = path
         self.console = console
         self.label = label
-        self.last: dict[str, Any] = (self._lines() or [{"tokens": 0, "elapsed": 0.0}])[-1]
+        self.last = [_NOTHING_YET, *self._lines()][-1]
         self.progress: Progress | None = None
 
     def on_train_begin(
@@ -37,7 +38,7 @@ class MetricsWriter(TrainerCallback):
         """Start to show progress; drop lines of steps after the checkpoint that the run resumes from."""
         kept = [line for line in self._lines() if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.last = kept[-1] if kept else {"tokens": 0, "elapsed": 0.0}
+        self.last = [_NOTHING_YET, *kept][-1]
         self.before, self.tokens_before = self.last["elapsed"], self.last["tokens"]
         self.start = self.step_start = time.perf_counter()
         self.progress = Progress(
@@ -66,7 +67,7 @@ class MetricsWriter(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """Steps, tokens and seconds of the run so far."""
-        return {"steps": self.last.get("step", 0), "tokens": self.last["tokens"], "seconds": self.last["elapsed"]}
+        return {"steps": self.last["step"], "tokens": self.last["tokens"], "seconds": self.last["elapsed"]}
 
     def stop(self) -> None:
         """Show no more progress, also after an interruption."""
