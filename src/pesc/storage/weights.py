@@ -42,17 +42,18 @@ class Weights:
 
     Args:
         folder: the checkpoint's.
-        files: those to read; by default `weight_files` of the folder.
+        files: those to read; by default those that transformers would choose: one file before an index.
         pickled: take `.bin` files if there are no safetensors.
 
     Raises:
         FileNotFoundError: when there are no weight files, or the index names one that is missing.
-        ValueError: for a file that is damaged, cut short, or holds more than tensors.
+        ValueError: for a file that is damaged, truncated, or holds more than tensors, and for an index that is none
+            or names files outside the folder.
     """
 
     def __init__(self, folder: Path, files: list[Path] | None = None, *, pickled: bool = True) -> None:
         self.folder = folder
-        self.files = weight_files(folder, pickled=pickled) if files is None else files
+        self.files, index = _weight_files(folder, pickled=pickled) if files is None else (files, None)
         self.tensors: dict[str, TensorInfo] = {}
         self._open: tuple[Path, Any] | None = None
         self._touched = 0
@@ -61,7 +62,7 @@ class Weights:
                 if name in self.tensors:
                     raise ValueError(f"{name} lies in both {self.tensors[name].file} and {file}: one must go")
                 self.tensors[name] = info
-        if files is None and (index := _weights_or_index(folder, pickled)).suffix == ".json":
+        if index is not None:
             self._keep_indexed(index)
 
     @property
@@ -115,26 +116,12 @@ class Weights:
         return self._open[1]
 
 
-def weight_files(folder: Path, *, pickled: bool = True) -> list[Path]:
-    """The files that hold a checkpoint's tensors, as transformers chooses them: one file before an index.
-
-    Args:
-        folder: the checkpoint's.
-        pickled: take `.bin` files if there are no safetensors.
-
-    Raises:
-        FileNotFoundError: when there are none, or the index names one that is missing.
-        ValueError: for an index that is none, or that names files outside the folder.
-    """
-    found = _weights_or_index(folder, pickled)
-    return _indexed(found) if found.suffix == ".json" else [found]
-
-
-def _weights_or_index(folder: Path, pickled: bool) -> Path:
+def _weight_files(folder: Path, *, pickled: bool) -> tuple[list[Path], Path | None]:
+    """The files that hold a checkpoint's tensors, and their index if they have one, as transformers chooses them."""
     names = (SINGLE, INDEX, BIN_SINGLE, BIN_INDEX) if pickled else (SINGLE, INDEX)
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
+    for path in (folder / name for name in names):
+        if path.is_file():
+            return (_indexed(path), path) if path.suffix == ".json" else ([path], None)
     if not pickled and any(folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} holds neither {SINGLE} nor {INDEX} (.bin files are pickles: save the model again as safetensors)"
@@ -164,9 +151,10 @@ def weights_hash(folder: Path) -> str:
     """SHA-256 of a checkpoint's safetensors files, their bytes in the order of their names.
 
     Raises:
-        FileNotFoundError, ValueError: as `weight_files` does.
+        FileNotFoundError, ValueError: as `Weights` does.
     """
-    return _hash_files(tuple((str(file), file.stat().st_mtime_ns) for file in weight_files(folder, pickled=False)))
+    files, _ = _weight_files(folder, pickled=False)
+    return _hash_files(tuple((str(file), file.stat().st_mtime_ns) for file in files))
 
 
 @functools.lru_cache
