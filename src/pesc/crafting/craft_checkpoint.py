@@ -64,8 +64,7 @@ def craft_checkpoint(model: str | Path, out: str | Path, pesc_config: PescConfig
         weight_map = {name: shards[info.file] for name, info in weights.tensors.items()}
         weight_map |= dict.fromkeys(experts, EXPERTS_SHARD)
         size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX, index)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
         skeleton.config.dtype = ref.config.dtype or dtype
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.save_pretrained(folder)

@@ -6,14 +6,13 @@ ordinary Hugging Face folder in the cache. Everything else loads that folder lik
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from pesc.storage.files import new_folder
+from pesc.storage.files import file_sha256, new_folder
 from pesc.storage.hub import cache_folder, package_folder
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -76,9 +75,7 @@ def _verified_gguf() -> Path:
     gguf = package_folder(_PACKAGE, _INSTALL) / _GGUF
     if not gguf.is_file():
         raise FileNotFoundError(f"package {_PACKAGE} has no file {_GGUF}: run `{_INSTALL} --force-reinstall`")
-    with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _GGUF_SHA256:
+    if (found := file_sha256(gguf)) != _GGUF_SHA256:
         raise ValueError(
             f"{_GGUF} has sha256 {found}, but must have {_GGUF_SHA256}: run `{_INSTALL} --force-reinstall`"
         )

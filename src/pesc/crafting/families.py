@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pesc.crafting.configuration import MODEL_TYPE
+
 MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
 LinearShape = Callable[[nn.Module], tuple[int, int] | None]
 """(inputs, outputs) of a linear map; None for every other module."""
 
@@ -128,8 +128,8 @@ def refuse_moe(config: Any) -> None:
     Raises:
         ValueError: naming the field that says so.
     """
-    if config.model_type == "pesc":
-        raise ValueError("the model is already crafted (model_type 'pesc'): craft its dense base instead")
+    if config.model_type == MODEL_TYPE:
+        raise ValueError(f"the model is already crafted (model_type {MODEL_TYPE!r}): craft its dense base instead")
     for field in MOE_FIELDS:
         count = getattr(config, field, None)
         if isinstance(count, int) and count > 1:

@@ -58,20 +58,20 @@ def describe(path: str | Path) -> ModelInfo:
     ref = locate(path)
     weights, model, config = ref.weights(), ref.skeleton(folded=False), ref.config
     experts, differences = expert_parameters(model), ref.differences(weights)
-    pesc_config = ref.pesc_config
+    pesc_config, settings = ref.pesc_config, ref.settings if ref.kind == "adapter" else None
     return ModelInfo(
         path=str(path),
         kind=ref.kind,
         family=getattr(config, "base_model_type", None) or config.model_type,
-        base_model=ref.settings.base_model if ref.kind == "adapter" else None,
+        base_model=settings.base_model if settings else None,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         parameters=asdict(count_parameters(model)),
         file_bytes=sum(weights.file_sizes),
         pesc=pesc_config.to_dict() if pesc_config else None,
-        lora=ref.settings.lora if ref.kind == "adapter" else None,
-        crafted_layers=sorted(pesc_config.for_layers(config.num_hidden_layers)) if pesc_config else [],
+        lora=settings.lora if settings else None,
+        crafted_layers=list(pesc_config.for_layers(config.num_hidden_layers)) if pesc_config else [],
         missing=[name for name in differences.missing if name in experts],
         wrong_shape=[name for name in differences.misshapen if name in experts],
         untouched=_untouched(experts, weights),

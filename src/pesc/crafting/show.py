@@ -28,10 +28,7 @@ def _rows(info: ModelInfo) -> list[tuple[str, str]]:
         rows.append(("LoRA", f"r {info.lora.get('r', 8)}, alpha {info.lora.get('lora_alpha', 8)}"))
     counts = info.parameters
     rows += [
-        (
-            "parameters",
-            f"{_millions(counts['total'])} total, {_millions(counts['active'])} active for a token",
-        ),
+        ("parameters", f"{_millions(counts['total'])} total, {_millions(counts['active'])} active for a token"),
         ("trained", _millions(counts["trained"])),
         ("files", f"{info.file_bytes / 1e6:,.0f} MB"),
     ]

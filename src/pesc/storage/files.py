@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import re
 import shutil
@@ -40,6 +41,12 @@ def write_json(path: Path, values: Any, *, sort_keys: bool = False) -> None:
     """Write JSON, indented, with a final newline."""
     text = json.dumps(values, indent=2, sort_keys=sort_keys, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

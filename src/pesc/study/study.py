@@ -40,7 +40,7 @@ from pesc.report.results import (
     parse,
     to_json,
 )
-from pesc.storage.files import new_file
+from pesc.storage.files import file_sha256, new_file
 from pesc.storage.weights import weights_hash
 from pesc.training.recipe import Recipe
 from pesc.training.train import SUMMARY, train
@@ -212,14 +212,9 @@ def _results(study: Study, runs: dict[str, list[Run]]) -> Results:
 def _key(study: Study, ref: ModelRef) -> str:
     """Of the model, the examples and what else decides a measurement."""
     files = sorted(ref.folder.glob("adapter.*")) if ref.kind == "adapter" else []
-    digests = [_digest(file) for file in [study.held_out, *files]] + ([] if files else [weights_hash(ref.folder)])
+    digests = [file_sha256(file) for file in [study.held_out, *files]] + ([] if files else [weights_hash(ref.folder)])
     settings = [study.max_length, study.questions_per_domain, study.answer_tokens]
     return hashlib.sha256(json.dumps([digests, settings]).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _settings(recipe: Recipe | None) -> dict[str, str]:

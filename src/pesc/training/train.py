@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +24,7 @@ from pesc.data.formats import read_examples
 from pesc.machine.allocator import keep_freed_memory
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
+from pesc.storage.files import file_sha256
 from pesc.training.callbacks import METRICS, MetricsWriter
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
@@ -64,7 +64,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         model = build_model(recipe)
     run.mkdir(parents=True, exist_ok=True)
     recipe.save(run / RECIPE)
-    (run / DATA_DIGEST).write_text(_digest(recipe.data.train) + "\n")
+    (run / DATA_DIGEST).write_text(file_sha256(recipe.data.train) + "\n")
     writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
         trainer = PescTrainer(
@@ -174,16 +174,12 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
 
 def _refuse_other_data(recipe: Recipe) -> None:
     run, data = recipe.output.folder, recipe.data.train
+    digest = run / DATA_DIGEST
     # A run that is complete does not need its data.
-    if (run / DATA_DIGEST).is_file() and data.is_file() and (run / DATA_DIGEST).read_text().strip() != _digest(data):
+    if digest.is_file() and data.is_file() and digest.read_text().strip() != file_sha256(data):
         raise ValueError(
             f"{data} has changed since the run in {run} began: choose another output.folder, or remove that folder"
         )
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _arguments(recipe: Recipe) -> SFTConfig:
