@@ -129,7 +129,7 @@ def crafted_forward(dense_forward: Callable[..., Any]) -> Callable[..., Any]:
             )
         return outputs
 
-    forward.__signature__ = _with_output_router_logits(inspect.signature(dense_forward))  # type: ignore[attr-defined]
+    forward.__signature__ = _with_output_router_logits(inspect.signature(dense_forward))
     return forward
 
 
