@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from pesc.config import PescConfig
 from pesc.crafting.configuration import PescModelConfig, crafted_config
+from pesc.crafting.skeleton import BAD_CONFIG
 from pesc.crafting.surgery import crafted_ffns
 
 BASES = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
@@ -111,10 +111,7 @@ def detect(values: dict[str, Any], names: Iterable[str]) -> Layout:
 
 def promises(values: dict[str, Any]) -> list[str]:
     """What in a config says that its model has experts of this method; empty for a dense model's config."""
-    texts = {"model_type": [values.get("model_type")], "_name_or_path": [values.get("_name_or_path")]}
-    texts["architectures"] = values.get("architectures") or []
-    texts["auto_map"] = list((values.get("auto_map") or {}).values())
-    found = [f"{key} {text!r}" for key, all_texts in texts.items() for text in all_texts if NAMES.search(str(text))]
+    found = [f"{key} {text!r}" for key, text in _texts(values) if NAMES.search(text)]
     # num_experts alone is many architectures' field; the others are this method's.
     if any(key in values for key in ("adapter_dim", "moe_scaling", "topk")):
         found += [f"{key} {values[key]!r}" for key in METHOD_FIELDS if key in values]
@@ -161,15 +158,14 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
     if layout.base_model_type == "llama":
         dense.setdefault("attention_bias", "model.layers.0.self_attn.o_proj.bias" in set(names))
     try:
-        dense_config = CONFIG_MAPPING[layout.base_model_type].from_dict(dense)
-    except (StrictDataclassError, TypeError, KeyError) as error:
+        config = crafted_config(CONFIG_MAPPING[layout.base_model_type].from_dict(dense), method)
+    except BAD_CONFIG as error:
         raise ValueError(f"the config is no {layout.base_model_type} config: {error}") from error
-    config = crafted_config(dense_config, method)
     kept = {key: value for key, value in values.items() if key not in ("auto_map", SOURCE)}
     source = {
         "layout": layout.name,
         "expert_prefix": layout.expert_prefix,
-        "auto_classes": sorted(set(values.get("auto_map") or {}) & {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}),
+        "auto_classes": sorted(set(_auto_map(values)) & {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}),
         "config": kept,
     }
     setattr(config, SOURCE, source)
@@ -207,11 +203,26 @@ def expert_of(name: str) -> tuple[int, int, str] | None:
 
 def _named_layout(values: dict[str, Any]) -> str:
     """The layout that the config names; empty if it names none."""
-    auto_map = list((values.get("auto_map") or {}).values())
-    for text in (values.get("model_type"), *(values.get("architectures") or []), *auto_map):
-        if match := NAMES.search(str(text)):
-            return match[0].lower()
-    return ""
+    found = (NAMES.search(text) for key, text in _texts(values) if key != "_name_or_path")
+    return next((match[0].lower() for match in found if match), "")
+
+
+def _texts(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """(field, text) of all that may say a layout's name in a config."""
+    texts = [(key, values.get(key)) for key in ("model_type", "_name_or_path")]
+    texts += [("architectures", name) for name in _architectures(values)]
+    texts += [("auto_map", name) for name in _auto_map(values).values()]
+    return [(key, str(text)) for key, text in texts]
+
+
+def _architectures(values: dict[str, Any]) -> list[Any]:
+    found = values.get("architectures")
+    return found if isinstance(found, list) else []
+
+
+def _auto_map(values: dict[str, Any]) -> dict[str, Any]:
+    found = values.get("auto_map")
+    return found if isinstance(found, dict) else {}
 
 
 def _base(values: dict[str, Any], named: str, names: set[str]) -> str:
@@ -222,7 +233,7 @@ def _base(values: dict[str, Any], named: str, names: set[str]) -> str:
     base = BASES[named] if named else model_type
     if model_type in CLASSES:
         # A dense family's model_type was written by whoever saved the file again; the class tells more.
-        classes = [str(name).rsplit(".", 1)[-1] for name in values.get("architectures") or []]
+        classes = [str(name).rsplit(".", 1)[-1] for name in _architectures(values)]
         told = [family for family, start in CLASSES.items() for name in classes if name.startswith(f"{start}For")]
         base = told[0] if told else base
     if base not in CLASSES:
