@@ -14,7 +14,7 @@ import pytest
 from pesc.demo.chat_examples import draw_chat_examples
 from pesc.demo.code_examples import draw_code_examples
 from pesc.demo.math_examples import draw_math_examples
-from pesc.demo.mixture import DOMAINS, MixtureInfo, build_mixture
+from pesc.demo.mixture import DOMAINS, LICENCES, SOURCES, MixtureInfo, build_mixture
 from pesc.storage.hub import cache_folder
 
 TRAIN = {"chat": 40, "code": 50, "math": 600}
@@ -57,7 +57,7 @@ class TestMixture:
                 assert all(message["content"].strip() for message in example["messages"])
             assert Counter(example["domain"] for example in examples) == Counter(built.counts[split])
         assert built.counts == {"train": TRAIN, "held_out": dict.fromkeys(DOMAINS, HELD_OUT)}
-        assert set(built.sources) == set(built.licences) == set(DOMAINS)
+        assert set(SOURCES) == set(LICENCES) == set(DOMAINS)
 
     def test_training_rows_are_shuffled(self, built: MixtureInfo) -> None:
         assert {example["domain"] for example in read(built.train)[:60]} == set(DOMAINS)
@@ -79,16 +79,11 @@ class TestMixture:
             assert list(zip(*texts(read(built.held_out), domain), strict=True)) == examples[:HELD_OUT]
             trained = sorted(zip(*texts(read(built.train), domain), strict=True))
             assert trained == sorted(examples[HELD_OUT : HELD_OUT + TRAIN[domain]])
-        assert built.available == {"chat": len(drawn["chat"]), "code": len(drawn["code"])}
-        assert built.contaminated_templates == math.contaminated
-        assert (built.contaminated_examples, built.unsound_examples) == (
-            math.contaminated_examples,
-            math.unsound_examples,
-        )
+        assert built.math == math
 
     def test_known_overlaps_are_caught(self, built: MixtureInfo) -> None:
-        assert set(built.contaminated_templates) == {4, 30, 52, 70, 85, 93}
-        assert built.contaminated_examples > 0
+        assert set(built.math.contaminated) == {4, 30, 52, 70, 85, 93}
+        assert built.math.contaminated_examples > 0
 
     def test_same_seed_same_files_in_another_process(self, built: MixtureInfo, tmp_path: Path) -> None:
         code = f"""if True:

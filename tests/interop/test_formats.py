@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,19 @@ def test_a_checkpoint_in_shards_is_copied_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(stock(ids()).logits, pesc.load(base)(ids()).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_an_index_of_bin_files_is_copied_too(tmp_path: Path) -> None:
+    crafted(tmp_path / "ours", **GATED)
+    ours, tensors = tmp_path / "ours", load_file(tmp_path / "ours" / "model.safetensors")
+    halves = [dict(list(tensors.items())[start::2]) for start in (0, 1)]
+    for number, half in enumerate(halves):
+        torch.save(half, ours / f"pytorch_model-{number}.bin")
+    weight_map = {name: f"pytorch_model-{number}.bin" for number, half in enumerate(halves) for name in half}
+    (ours / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (ours / "model.safetensors").unlink()
+    out = export(ours, tmp_path / "out", "pesc")
+    assert torch.equal(pesc.load(out)(tokens()).logits, pesc.load(ours)(tokens()).logits)
+
+
 def test_a_dense_model_tuned_with_lora_becomes_an_ordinary_one(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     out = export(run, tmp_path / "out", "pesc")
@@ -163,6 +177,21 @@ def test_refusals_come_before_any_weight_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its base is llama.*--format granitemoeshared"):
         export(run, tmp_path / "out", "qwen3_next")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_the_package_gguf_every_other_format_still_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    crafted(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"its experts are sequential \+ gelu.*--format pesc"):
+        export(tmp_path / "ours", tmp_path / "out", "granitemoeshared")
+    with pytest.raises(ValueError, match=r"its experts are sequential \+ gelu.*--format pesc"):
+        export(tmp_path / "ours", tmp_path / "out.gguf", "gguf-f16")
+    run = make_run(tmp_path, **GATED)
+    with pytest.raises(FileNotFoundError, match="pip install gguf"):
+        export(run, tmp_path / "out.gguf", "gguf-f16")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_unknown_formats_and_taken_names_are_refused(tmp_path: Path) -> None:

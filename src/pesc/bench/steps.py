@@ -68,16 +68,24 @@ def make_steps(pair: ModelPair, workload: Workload, batch: int, config: BenchCon
     for variant, (model, backend) in variants.items():
         if workload.startswith("train"):
             checkpointed = workload == "train_checkpointed"
-            run = _train(model, backend, cycle(batches), optimizers[model], checkpointed)
-            steps[variant] = Step(run, model, optimizers[model])
+            run = _train(model, cycle(batches), optimizers[model], checkpointed)
         elif workload == "layers":
             ffns = [model.get_submodule(name) for name, _ in crafted_ffns(pair.crafted)]
-            steps[variant] = Step(_layers(model, backend, cycle(batches), ffns), model)
+            run = _layers(model, cycle(batches), ffns)
         elif workload == "prefill":
-            steps[variant] = Step(_prefill(model, backend, cycle(batches)), model)
+            run = _prefill(model, cycle(batches))
         else:
-            steps[variant] = Step(_decode(model, backend, cycle(batches[:, :, :_PROMPT]), config.decode_tokens), model)
+            run = _decode(model, cycle(batches[:, :, :_PROMPT]), config.decode_tokens)
+        steps[variant] = Step(_with_backend(model, backend, run), model, optimizers.get(model))
     return steps
+
+
+def _with_backend(model: nn.Module, backend: str | None, run: Callable[[], object]) -> Callable[[], object]:
+    def step() -> None:
+        use_backend(model, backend)
+        run()
+
+    return step
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -85,18 +93,13 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _train(
-    model: Any,
-    backend: str | None,
-    batches: Iterator[torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    checkpointed: bool,
+    model: Any, batches: Iterator[torch.Tensor], optimizer: torch.optim.Optimizer, checkpointed: bool
 ) -> Callable[[], object]:
     model.train()
     if checkpointed:
         model.gradient_checkpointing_enable()
 
     def step() -> None:
-        use_backend(model, backend)
         ids = next(batches)
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
@@ -105,14 +108,11 @@ def _train(
     return step
 
 
-def _layers(
-    model: Any, backend: str | None, batches: Iterator[torch.Tensor], ffns: list[nn.Module]
-) -> Callable[[], object]:
+def _layers(model: Any, batches: Iterator[torch.Tensor], ffns: list[nn.Module]) -> Callable[[], object]:
     """Every FFN alone, forward and backward, with gradients for its input, its router and its experts."""
     train_experts(model)
 
     def step() -> None:
-        use_backend(model, backend)
         x_TD = next(batches).requires_grad_()
         for ffn in ffns:
             ffn(x_TD).backward(x_TD.detach())
@@ -122,20 +122,18 @@ def _layers(
     return step
 
 
-def _prefill(model: Any, backend: str | None, batches: Iterator[torch.Tensor]) -> Callable[[], object]:
+def _prefill(model: Any, batches: Iterator[torch.Tensor]) -> Callable[[], object]:
     @torch.inference_mode()
     def prefill() -> None:
-        use_backend(model, backend)
         model(next(batches), logits_to_keep=1)
 
     return prefill
 
 
-def _decode(model: Any, backend: str | None, prompts: Iterator[torch.Tensor], tokens: int) -> Callable[[], object]:
+def _decode(model: Any, prompts: Iterator[torch.Tensor], tokens: int) -> Callable[[], object]:
     model.generation_config.eos_token_id = None
 
     def decode() -> None:
-        use_backend(model, backend)
         prompt = next(prompts)
         mask = torch.ones_like(prompt)
         model.generate(

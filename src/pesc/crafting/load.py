@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ from pesc.crafting.configuration import MODEL_TYPE, crafted_config
 from pesc.crafting.craft import craft
 from pesc.crafting.lora import adapter_tensors, add_lora, fold
 from pesc.crafting.modeling import loading_differences
-from pesc.crafting.skeleton import differences_from, skeleton_of
+from pesc.crafting.skeleton import BAD_CONFIG, differences_from, skeleton_of
 from pesc.crafting.sources import resolve
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.files import read_json
@@ -245,7 +244,7 @@ def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
 def _read_config(folder: Path, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (StrictDataclassError, KeyError, TypeError) as error:
+    except BAD_CONFIG as error:
         raise ValueError(f"{folder / 'config.json'} is no config that transformers can read: {error}") from error
     config.name_or_path = name
     return config

@@ -14,6 +14,9 @@ from transformers.core_model_loading import WeightRenaming
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
 
+BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
+"""What transformers raises on values of a config that make no sense."""
+
 
 def skeleton_of(config: Any) -> Any:
     """The model of a config on the meta device.
@@ -24,7 +27,7 @@ def skeleton_of(config: Any) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (StrictDataclassError, KeyError, TypeError) as error:
+    except BAD_CONFIG as error:
         raise ValueError(f"no model can be built from the config: {error}") from error
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from pesc.config import PescConfig
 from pesc.crafting.embedded import EMBEDDED
 from pesc.crafting.load import locate
-from pesc.demo.mixture import DOMAINS, MixtureInfo, build_mixture
+from pesc.demo.mixture import DOMAINS, LICENCES, SOURCES, MixtureInfo, build_mixture
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
 from pesc.report import findings
@@ -61,7 +61,7 @@ def demo_study(output: Path, seeds: list[int], mixture: MixtureInfo) -> Study:
         max_length=recipe.data.max_length,
         questions_per_domain=QUESTIONS_PER_DOMAIN,
         answer_tokens=ANSWER_TOKENS,
-        sources=[Source(domain, mixture.sources[domain], mixture.licences[domain]) for domain in DOMAINS],
+        sources=[Source(domain, SOURCES[domain], LICENCES[domain]) for domain in DOMAINS],
         notes=_notes(mixture),
     )
 
@@ -111,7 +111,9 @@ def run_demo(output: Path, console: Console, seeds: list[int] | None = None) -> 
         locate(EMBEDDED)
     with stages("Three domains: chat, code, math"):
         mixture = demo_mixture(output)
-        console.print(f"  {_counts(mixture)}; {mixture.contaminated_examples} math examples left out as contaminated")
+        console.print(
+            f"  {_counts(mixture)}; {mixture.math.contaminated_examples} math examples left out as contaminated"
+        )
     results = run_study(demo_study(output, seeds, mixture), console, stages)
     write_json(output / "stages.json", {"seconds": stages.seconds, "peak_memory_gb": stages.gigabytes})
     show(results, console)
@@ -139,10 +141,10 @@ def show(results: Results, console: Console) -> None:
 
 
 def _notes(mixture: MixtureInfo) -> list[str]:
-    dropped = ", ".join(str(template) for template in sorted(mixture.contaminated_templates))
+    dropped = ", ".join(str(template) for template in sorted(mixture.math.contaminated))
     return [
         f"The math generator rewords GSM8K test questions: its templates {dropped} overlap evaluation cases and were"
-        f" left out ({mixture.contaminated_examples} examples passed over while drawing).",
+        f" left out ({mixture.math.contaminated_examples} examples passed over while drawing).",
         "Held-out math examples come from the same templates as the training examples, with other numbers and names.",
     ]
 

@@ -44,9 +44,9 @@ class MathDraw:
     contaminated: dict[int, tuple[str, float]]
     """Templates left out, as :func:`contaminated_templates` returns them."""
     contaminated_examples: int
-    """Rows passed over because their template is contaminated."""
+    """Examples passed over because their template is contaminated."""
     unsound_examples: int
-    """Rows passed over because their worked answer holds a wrong equation or an unrounded fraction."""
+    """Examples passed over because their worked answer holds a wrong equation or an unrounded fraction."""
 
 
 def find_generator() -> Path:

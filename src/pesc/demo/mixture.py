@@ -5,7 +5,7 @@ one version of Python (the code domain reads the standard library of the interpr
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -32,17 +32,9 @@ class MixtureInfo:
     held_out: Path
     """The JSON Lines file of held-out examples, domain after domain."""
     counts: dict[str, dict[str, int]]
-    """Rows by split (``train``, ``held_out``), then by domain."""
-    available: dict[str, int]
-    """Distinct examples of the domains that run out (chat, code), both splits together."""
-    contaminated_templates: dict[int, tuple[str, float]]
-    """Math templates left out: template number to the GSM8K case it rewords and their overlap, 0 to 1."""
-    contaminated_examples: int
-    """Math examples passed over because their template is contaminated."""
-    unsound_examples: int
-    """Math examples passed over because their worked answer holds a wrong equation or an unrounded fraction."""
-    sources: dict[str, str] = field(default_factory=lambda: dict(SOURCES))
-    licences: dict[str, str] = field(default_factory=lambda: dict(LICENCES))
+    """Examples by split (``train``, ``held_out``), then by domain."""
+    math: math_examples.MathDraw
+    """The math examples, with what was passed over."""
 
 
 def build_mixture(
@@ -88,10 +80,7 @@ def build_mixture(
         train=paths["train"],
         held_out=paths["held_out"],
         counts={split: {d: sum(e["domain"] == d for e in there) for d in DOMAINS} for split, there in splits.items()},
-        available={domain: len(pools[domain]) for domain in ("chat", "code")},
-        contaminated_templates=math.contaminated,
-        contaminated_examples=math.contaminated_examples,
-        unsound_examples=math.unsound_examples,
+        math=math,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.crafting.backbone import watch_routing
@@ -90,15 +92,12 @@ def score(
 
 
 def _pad(pairs: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = max(len(ids) for ids, _ in pairs)
-    input_ids = torch.full((len(pairs), width), pad_id)
-    labels = torch.full((len(pairs), width), IGNORE_INDEX)
-    mask = torch.zeros(len(pairs), width, dtype=torch.long)
-    for i, (ids, labelled) in enumerate(pairs):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        labels[i, : len(ids)] = torch.tensor(labelled)
-        mask[i, : len(ids)] = 1
-    return input_ids, labels, mask
+    """input_ids, labels and attention mask of a batch, int64 [B, T]."""
+    input_ids = [torch.tensor(ids) for ids, _ in pairs]
+    labels = [torch.tensor(labelled) for _, labelled in pairs]
+    mask = [torch.ones_like(ids) for ids in input_ids]
+    pad = functools.partial(pad_sequence, batch_first=True)
+    return pad(input_ids, padding_value=pad_id), pad(labels, padding_value=IGNORE_INDEX), pad(mask)
 
 
 def _count_experts(

@@ -11,6 +11,17 @@ from pesc.crafting.load import RECIPE, ModelRef
 from pesc.report.results import RESULTS, Results, read_results
 
 CARD = "README.md"
+_USE = """## Use
+
+```python
+import pesc  # teaches transformers the model type
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+```
+
+Or, in a terminal: `pesc chat path/of/this/folder`."""
 
 
 def licence_of(folder: Path) -> str | None:
@@ -26,22 +37,21 @@ def write_card(target: Path, ref: ModelRef) -> None:
         target: the folder.
         ref: the model. Its run's recipe.yaml and results.json are quoted, if they are there.
     """
-    run, config, base_folder = ref.run, ref.config, ref.base.folder
-    recipe = _yaml(run / RECIPE) if run else None
-    results = read_results(run) if run and (run / RESULTS).is_file() else None
+    recipe = _yaml(ref.run / RECIPE) if ref.run else None
+    results = read_results(ref.run) if ref.run and (ref.run / RESULTS).is_file() else None
     base = ref.base.name if ref.kind == "adapter" else ""
-    matter = _matter(base, base_folder, crafted=ref.pesc_config is not None)
-    family = getattr(config, "base_model_type", None) or config.model_type
+    matter = _matter(base, ref.base.folder, crafted=ref.pesc_config is not None)
+    family = getattr(ref.config, "base_model_type", None) or ref.config.model_type
     shown = matter.get("base_model") or Path(base).name or f"a dense {family} model"
     sections = [
         f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
         f"# {target.name}",
         _what(ref, shown),
-        _use(),
+        _USE,
         _training(recipe, results),
         _results(results),
         _intended_use(shown),
-        _licence(licence_of(base_folder)),
+        _licence(licence_of(ref.base.folder)),
     ]
     (target / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
@@ -98,16 +108,6 @@ def _what(ref: ModelRef, base: str) -> str:
         f"A mixture of experts made from {base} by parameter-efficient sparsity crafting (PESC, arXiv 2401.02731): all "
         "experts of a layer share the dense FFN and differ in a small adapter. LoRA, if it had some, is folded "
         "into the weights.\n\n" + _table(["setting", "value"], [[key, value] for key, value in rows.items()])
-    )
-
-
-def _use() -> str:
-    return (
-        "## Use\n\n```python\nimport pesc  # teaches transformers the model type\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")\n```\n\n'
-        "Or, in a terminal: `pesc chat path/of/this/folder`."
     )
 
 

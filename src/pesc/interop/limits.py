@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def setting_of(config: Any, name: str) -> int:
+def setting_of(config: Any, name: str) -> Any:
     """A setting of the method that a format has once for all layers (`num_experts`, …)."""
     value = getattr(config.method, name)
     return value[0] if isinstance(value, list) else value
@@ -56,22 +57,32 @@ def reasons_against(config: Any, limits: Limits) -> list[str]:
         config: the crafted model's; no weights are needed.
         limits: what the format can hold.
     """
-    return [*_method_reasons(config, limits), *_dense_reasons(config, limits)]
-
-
-def _method_reasons(config: Any, limits: Limits) -> list[str]:
     method, reasons = config.method, []
     if method.adapter_placement != "parallel" or method.adapter_activation != "swiglu":
         reasons.append(
             f"its experts are {method.adapter_placement} + {method.adapter_activation}, and only parallel + swiglu "
             "ones are routed experts beside a shared one"
         )
-    for name in ("num_experts", "num_experts_per_tok", "adapter_dim"):
-        value = getattr(method, name)
+    settings = ("num_experts", "num_experts_per_tok", "adapter_dim")
+    reasons += uneven_reasons(config, settings, some_layers=limits.some_layers)
+    return [*reasons, *_dense_reasons(config, limits)]
+
+
+def uneven_reasons(config: Any, settings: Iterable[str], *, some_layers: bool) -> list[str]:
+    """Why a format that treats all layers alike cannot hold a crafted model.
+
+    Args:
+        config: the crafted model's.
+        settings: those of the method that the format has once for all layers.
+        some_layers: as in `Limits`.
+    """
+    reasons = []
+    for name in settings:
+        value = getattr(config.method, name)
         if isinstance(value, list) and len(set(value)) > 1:
             reasons.append(f"{name} ({value}) differs between layers, and the format has one for all")
     layers = crafted_layers(config)
-    if len(layers) < config.num_hidden_layers and not limits.some_layers:
+    if len(layers) < config.num_hidden_layers and not some_layers:
         reasons.append(f"only layers {layers} have experts, and the format gives every layer some")
     return reasons
 

@@ -10,7 +10,6 @@ from pesc.interop.card import write_card
 from pesc.interop.format import Format
 from pesc.report.results import RESULTS
 from pesc.storage.files import copy_companions
-from pesc.storage.weights import INDEX
 
 
 def _write_standalone(ref: ModelRef, out: Path) -> None:
@@ -19,9 +18,8 @@ def _write_standalone(ref: ModelRef, out: Path) -> None:
     else:
         weights = ref.weights()
         ref.differences(weights).refuse(f"{ref.name} does not hold the model its config describes")
-        for file in [ref.folder / "config.json", ref.folder / INDEX, *weights.files]:
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+        for file in [ref.folder / "config.json", *ref.folder.glob("*.index.json"), *weights.files]:
+            shutil.copyfile(file, out / file.name)
     copy_companions(ref.base.folder, out)
     for name in (RECIPE, RESULTS):
         if ref.run and (ref.run / name).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def measure_peak_memory() -> Iterator[PeakMemory]:
     peak = PeakMemory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif _RESET.exists():
+    elif os.access(_RESET, os.W_OK):
         release_freed_memory()  # freed by earlier work
         _RESET.write_text("5")
     try:

@@ -65,7 +65,12 @@ class Experts(nn.Module):
         """This rank's part of sum_i R_i W_up_i act(W_down_i h) over each token's chosen experts: [T, D]."""
         first = getattr(self, self.first_name)
         if current_platform.is_cuda_alike():
-            return fused_experts(hidden_TD, first, self.down_proj, weights_TK, index_TK, self.gated)
+            # Triton kernels, which CUDA graphs can hold.
+            from vllm.model_executor.layers.fused_moe import MoEActivation, fused_experts
+
+            activation = MoEActivation.SILU if self.gated else MoEActivation.GELU_NO_MUL
+            index_TK = index_TK.to(torch.int32)
+            return fused_experts(hidden_TD, first, self.down_proj, weights_TK, index_TK, activation=activation)
         return torch.ops.pesc.grouped_experts(hidden_TD, first, self.down_proj, weights_TK, index_TK, self.gated)
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
@@ -156,22 +161,6 @@ def _with_forward(dense: Any, forward: Callable[..., torch.Tensor]) -> Any:
     return type(dense.__name__, (dense,), {"forward": forward, "__module__": dense.__module__})
 
 
-def fused_experts(
-    hidden_TD: torch.Tensor,
-    first_EaD: torch.Tensor,
-    down_EDa: torch.Tensor,
-    weights_TK: torch.Tensor,
-    index_TK: torch.Tensor,
-    gated: bool,
-) -> torch.Tensor:
-    """`grouped_experts` by vLLM's Triton kernels, which CUDA graphs can hold."""
-    from vllm.model_executor.layers.fused_moe import MoEActivation
-    from vllm.model_executor.layers.fused_moe import fused_experts as run
-
-    activation = MoEActivation.SILU if gated else MoEActivation.GELU_NO_MUL
-    return run(hidden_TD, first_EaD, down_EDa, weights_TK, index_TK.to(torch.int32), activation=activation)
-
-
 def grouped_experts(
     hidden_TD: torch.Tensor,
     first_EaD: torch.Tensor,
@@ -212,19 +201,11 @@ def grouped_experts(
     return out_TD
 
 
-def _like_hidden(
-    hidden_TD: torch.Tensor,
-    first_EaD: torch.Tensor,
-    down_EDa: torch.Tensor,
-    weights_TK: torch.Tensor,
-    index_TK: torch.Tensor,
-    gated: bool,
-) -> torch.Tensor:
-    return torch.empty_like(hidden_TD)
-
-
 # An operator of its own: its shapes depend on the routing, so the compiler must not look inside.
 _library = torch.library.Library("pesc", "FRAGMENT")
-
-
-direct_register_custom_op("grouped_experts", grouped_experts, fake_impl=_like_hidden, target_lib=_library)
+direct_register_custom_op(
+    "grouped_experts",
+    grouped_experts,
+    fake_impl=lambda hidden_TD, *_: torch.empty_like(hidden_TD),
+    target_lib=_library,
+)

@@ -33,12 +33,8 @@ _OURS = re.compile(r"\.(\d+)\.\w+\.(router\.weight|experts\.(?:up_proj|gate_up_p
 def __getattr__(name: str) -> Any:
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return crafted_class(name.removeprefix(PREFIX))
-
-
-def crafted_class(dense_name: str) -> type[nn.Module]:
-    """The vLLM class of the crafted models of a dense architecture, such as "LlamaForCausalLM"."""
-    return extended(ModelRegistry.models[dense_name].load_model_cls(), _Crafted)
+    dense = ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls()
+    return extended(dense, _Crafted)
 
 
 class _Crafted(Extension, nn.Module):
@@ -95,12 +91,12 @@ class _Check:
         settings = PescConfig.from_dict(vars(config).pop("pesc"))
         # vLLM's fallback for families without a class of its own sets this to an implementation of vLLM's.
         config._attn_implementation = None
-        self.skeleton = skeleton = skeleton_of(crafted_config(config, settings))
+        self.skeleton = skeleton_of(crafted_config(config, settings))
         # Quantized dense weights have other names and shapes, which vLLM's quantization checks itself.
         self.dense = dense
-        self.shapes = {name: list(value.shape) for name, value in skeleton.state_dict().items()}
-        self.missing = {name for name, _ in skeleton.named_parameters() if dense or _OURS.search(name)}
-        self.missing -= tied_names(skeleton)
+        self.shapes = {name: list(value.shape) for name, value in self.skeleton.state_dict().items()}
+        self.missing = {name for name, _ in self.skeleton.named_parameters() if dense or _OURS.search(name)}
+        self.missing -= tied_names(self.skeleton)
         self.differences = TensorDifferences()
 
     def passing(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,6 @@ from typing import Any
 from pesc.crafting.configuration import PescModelConfig
 
 PREFIX = "Pesc"
-_MODELS = "pesc.vllm_plugin.models"
 
 
 def register() -> None:
@@ -29,7 +28,7 @@ def register() -> None:
     dense_names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & ModelRegistry.get_supported_archs()
     for dense_name in sorted(dense_names):
         # By name, so that vLLM imports the class only when it may: importing one can start CUDA.
-        ModelRegistry.register_model(PREFIX + dense_name, f"{_MODELS}:{PREFIX}{dense_name}")
+        ModelRegistry.register_model(PREFIX + dense_name, f"pesc.vllm_plugin.models:{PREFIX}{dense_name}")
         if dense_name in MODELS_CONFIG_MAP:
             MODELS_CONFIG_MAP[PREFIX + dense_name] = MODELS_CONFIG_MAP[dense_name]
     # `register_config_parser` would warn at every start that a parser is replaced, which is the point here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from families import FAMILIES, disturb, tiny_model
 from pesc import PescConfig, add_lora, craft, save_adapter
 from pesc.crafting.craft_checkpoint import craft_checkpoint
-from pesc.interop.formats import import_checkpoint
+from pesc.interop.formats import export, import_checkpoint
 from pesc.interop.verify.verify import Report, verify
-from published import CAMELIDAE, SPARSETRAL, Checkpoint, crafted
+from published import CAMELIDAE, GATED, SPARSETRAL, Checkpoint, crafted
 
 
 def _messages(report: Report, severity: str = "error") -> list[str]:
@@ -116,6 +117,28 @@ def test_a_broken_config_is_a_finding(content: str, tmp_path: Path) -> None:
     crafted(tmp_path)
     (tmp_path / "config.json").write_text(content)
     assert not verify(tmp_path).complete
+
+
+NONSENSE = {
+    "ours": {"hidden_size": 0, "head_dim": -1, "dtype": "x", "vocab_size": 0, "quantization_config": [1]},
+    "camelidae": {"auto_map": [1], "architectures": 1, "num_attention_heads": 0, "torch_dtype": {}},
+    "stock": {"num_hidden_layers": "x", "mlp_only_layers": 1},
+}
+
+
+@pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in NONSENSE.items() for field in fields])
+def test_a_config_that_makes_no_sense_is_a_finding(kind: str, field: str, tmp_path: Path) -> None:
+    folder = tmp_path / kind
+    if kind == "camelidae":
+        shutil.copytree(CAMELIDAE, folder)
+    else:
+        crafted(tmp_path / "ours", **GATED)
+    if kind == "stock":
+        export(tmp_path / "ours", folder, "stock")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {field: NONSENSE[kind][field]}))
+    # Nothing but names of classes stands in these two, so the experts can still be counted.
+    assert verify(folder).complete == (field in ("auto_map", "architectures"))
 
 
 @pytest.mark.parametrize("as_bin", [False, True])

@@ -60,16 +60,8 @@ def architecture_of(config: Any) -> str:
 
 
 def _reasons_against(ref: ModelRef) -> list[str]:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise FileNotFoundError("writing GGUF files needs the package gguf: pip install gguf") from error
-    config = ref.config
-    limits = _LIMITS[architecture_of(config)]
-    if architecture_of(config) == GRANITE:
-        known = (*_LIMITS[GRANITE].bases, *_LIMITS[GLM].bases)
-        if config.base_model_type not in known:
-            limits = Limits(bases=known)
+    config, known = ref.config, [base for limits in _LIMITS.values() for base in limits.bases]
+    limits = _LIMITS[architecture_of(config)] if config.base_model_type in known else Limits(bases=tuple(known))
     return [*reasons_against(config, limits), *vocabulary_reasons(ref.base.folder, config.vocab_size)]
 
 
@@ -79,7 +71,10 @@ def _write(ref: ModelRef, out: Path, quantization: Quantization) -> None:
     Weights are read and written one at a time. Routers, norms and biases stay F32 in every file; a matrix stays F16
     in a Q8_0 file if its rows are no multiple of 32.
     """
-    import gguf
+    try:
+        import gguf
+    except ImportError as error:
+        raise FileNotFoundError("writing GGUF files needs the package gguf: pip install gguf") from error
 
     source, config = open_source(ref), ref.config
     writer = gguf.GGUFWriter(path=None, arch=architecture_of(config))

@@ -11,14 +11,20 @@ import transformers
 
 from pesc.crafting.load import ModelRef
 from pesc.interop.format import Format, open_source
-from pesc.interop.limits import crafted_layers
+from pesc.interop.limits import head_dim_of, setting_of, uneven_reasons
 from pesc.interop.published.importer import READER
-from pesc.interop.published.layouts import METHOD_FIELDS, SOURCE, TRAINING_FIELDS, Layout, config_from, targets
+from pesc.interop.published.layouts import (
+    CLASSES,
+    METHOD_FIELDS,
+    SOURCE,
+    TRAINING_FIELDS,
+    Layout,
+    config_from,
+    targets,
+)
 from pesc.storage.files import copy_companions, write_json
 from pesc.storage.weights import SHARD_BYTES, ShardWriter
 
-_CODE = {"camelidae": "Camelidae", "qwen2idae": "Qwen2idae", "sparsetral": "Sparsetral"}
-_CLASS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
 _DENSE_FIELDS = (
     *("bos_token_id", "eos_token_id", "hidden_act", "hidden_size", "initializer_range", "intermediate_size"),
     *("max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
@@ -89,25 +95,19 @@ def _method_reasons(config: Any) -> list[str]:
             f"its experts are {method.adapter_placement} + {method.adapter_activation}, and the layout's are "
             "sequential + gelu"
         )
-    for name in METHOD_FIELDS.values():
-        value = getattr(method, name)
-        if isinstance(value, list) and len(set(value)) > 1:
-            reasons.append(f"{name} ({value}) differs between layers, and the layout has one for all")
-    if crafted_layers(config) != list(range(config.num_hidden_layers)):
-        reasons.append(f"only layers {method.layers} have experts, and the layout gives every layer some")
-    return reasons
+    return [*reasons, *uneven_reasons(config, METHOD_FIELDS.values(), some_layers=False)]
 
 
 def _dense_reasons(config: Any, layout: str) -> list[str]:
     family, reasons = config.base_model_type, []
-    if family not in _CLASS or (family == "qwen2" and layout == "sparsetral"):
+    if family not in CLASSES or (family == "qwen2" and layout == "sparsetral"):
         return [f"its base is {family}, and the layout's code knows {_known_bases(layout)}"]
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     allowed = ("default", "linear", "dynamic") if layout == "camelidae" else ("default",)
     if rope_type not in allowed:
         reasons.append(f"its rope_type is {rope_type!r}, and the layout's code knows {', '.join(allowed)}")
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
+    head_dim = head_dim_of(config)
+    if head_dim * config.num_attention_heads != config.hidden_size:
         reasons.append(f"its head_dim ({head_dim}) is not hidden_size / heads")
     if family == "llama" and (config.attention_bias or config.mlp_bias):
         reasons.append("its Llama base has biases, and the layout's code has none")
@@ -149,7 +149,7 @@ def _new_config(config: Any, layout: Layout, expert_dtype: str) -> dict[str, Any
     """The config that a published model of the layout has."""
     values = _published_fields(config, layout)
     values |= {
-        "architectures": [f"modeling_{layout.name}.{_CLASS[layout.base_model_type]}ForCausalLM"],
+        "architectures": [f"modeling_{layout.name}.{CLASSES[layout.base_model_type]}ForCausalLM"],
         "auto_map": _auto_map(layout),
         "model_type": layout.name,
         "moe_dtype": expert_dtype,
@@ -170,17 +170,14 @@ def _published_fields(config: Any, layout: Layout) -> dict[str, Any]:
     if layout.base_model_type != "llama":
         values["sliding_window"] = getattr(config, "sliding_window", None)
     values["torch_dtype"] = str(config.dtype or "float32").removeprefix("torch.")
-    method = config.method
-    for theirs, ours in METHOD_FIELDS.items():
-        value = getattr(method, ours)
-        values[theirs] = value[0] if isinstance(value, list) else value
-    return values | {key: getattr(method, key) for key in TRAINING_FIELDS}
+    values |= {theirs: setting_of(config, ours) for theirs, ours in METHOD_FIELDS.items()}
+    return values | {key: getattr(config.method, key) for key in TRAINING_FIELDS}
 
 
 def _auto_map(layout: Layout) -> dict[str, str]:
-    code, family = layout.name, _CLASS[layout.base_model_type]
+    code, family = layout.name, CLASSES[layout.base_model_type]
     return {
-        "AutoConfig": f"configuration_{code}.{_CODE[code]}Config",
+        "AutoConfig": f"configuration_{code}.{code.capitalize()}Config",
         "AutoModel": f"modeling_{code}.{family}Model",
         "AutoModelForCausalLM": f"modeling_{code}.{family}ForCausalLM",
     }

@@ -31,9 +31,11 @@ def _read(folder: Path, values: dict[str, Any], weights: Weights, out: Path) -> 
     layout = detect(values, weights.tensors)
     skeleton = skeleton_of(config_from(values, layout, weights.tensors))
     plan = targets(skeleton, layout)
-    problems = plan_differences(plan, weights, skeleton)
-    lost = _all_lost(plan, weights, values) if problems.lines() else ""
-    problems.refuse(f"{folder} does not hold the model its config describes{lost}")
+    fault = f"{folder} does not hold the model its config describes"
+    if not any(expert_of(name) for name in weights.tensors):
+        said = ", ".join(promises(values))
+        fault += f"; all experts are lost, which the config promises ({said}), and only the dense model is left"
+    plan_differences(plan, weights, skeleton).refuse(fault)
     writer = ShardWriter(out, min(SHARD_BYTES, max(weights.file_sizes)))
     for target in sorted(plan, key=lambda target: str(weights.tensors[target.sources[0]].file)):
         parts = [weights.read(name) for name in target.sources]
@@ -93,11 +95,3 @@ def _rotary_problems(skeleton: Any, weights: Weights) -> list[str]:
 def _equals_embeddings(name: str, weights: Weights) -> bool:
     embeddings = "model.embed_tokens.weight"
     return embeddings not in weights.tensors or torch.equal(weights.read(name), weights.read(embeddings))
-
-
-def _all_lost(plan: list[Target], weights: Weights, values: dict[str, Any]) -> str:
-    promised = {name for target in plan for name in target.sources if expert_of(name)}
-    if promised & weights.tensors.keys():
-        return ""
-    said = ", ".join(promises(values))
-    return f"; all experts are lost, which the config promises ({said}), and only the dense model is left"

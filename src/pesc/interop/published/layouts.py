@@ -17,14 +17,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from pesc.config import PescConfig
 from pesc.crafting.configuration import PescModelConfig, crafted_config
+from pesc.crafting.skeleton import BAD_CONFIG
 from pesc.crafting.surgery import crafted_ffns
 
 BASES = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
+_BY_BASE = {base: name for name, base in BASES.items()}
 METHOD_FIELDS = {
     "num_experts": "num_experts",
     "topk": "num_experts_per_tok",
@@ -36,8 +37,9 @@ TRAINING_FIELDS = ("adapter_dropout", "router_aux_loss_coef")
 SOURCE = "imported_from"
 """The field of our config that keeps the published one, so that an export gives it back."""
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.moe_adapter\.experts\.(expert_|)(\d+)\.adapter_(down|up)\.weight")
-_NAMES = re.compile("camelidae|qwen2idae|sparsetral", re.IGNORECASE)
-_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+NAMES = re.compile("camelidae|qwen2idae|sparsetral", re.IGNORECASE)
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+"""What the classes of a dense family begin with, by model_type."""
 # Fields that change the result without changing any tensor's shape, or that promise what must be there.
 _REQUIRED = (
     *METHOD_FIELDS,
@@ -67,14 +69,6 @@ class Layout:
     expert_prefix: str
     """What stands before an expert's number in its keys: "expert_" or nothing."""
 
-    def router_key(self, layer: int) -> str:
-        """The key of a layer's router [E, D]."""
-        return f"model.layers.{layer}.mlp.moe_adapter.router.weight"
-
-    def expert_key(self, layer: int, expert: int, part: str) -> str:
-        """The key of one expert's matrix; part "down" is [A, D], "up" [D, A]."""
-        return f"model.layers.{layer}.mlp.moe_adapter.experts.{self.expert_prefix}{expert}.adapter_{part}.weight"
-
 
 @dataclass(frozen=True)
 class Target:
@@ -93,31 +87,23 @@ def is_published(values: dict[str, Any], names: Iterable[str]) -> bool:
 
 
 def detect(values: dict[str, Any], names: Iterable[str]) -> Layout:
-    """The layout of a checkpoint, recognised by its keys and its config.
+    """Which of the layouts a checkpoint that `is_published` has, recognised by its keys and its config.
 
     Args:
         values: the config; its `model_type` may be "llama" or another dense family's.
         names: the checkpoint's keys.
 
     Raises:
-        ValueError: when it is none of the layouts.
+        ValueError: when the keys are of two layouts, or the dense family is none of theirs.
     """
     names = set(names)
     prefixes = {match[2] for name in names if (match := _EXPERT.fullmatch(name))}
-    if not is_published(values, names):
-        raise ValueError(
-            "the checkpoint has no keys with moe_adapter.experts and its config promises none: it is not of "
-            "the Camelidae, Qwen2idae or Sparsetral layout; a dense model can be crafted"
-        )
     if len(prefixes) > 1:
         raise ValueError("the keys mix two layouts, experts.I and experts.expert_I: the checkpoint is not of one model")
     named = _named_layout(values)
     base = _base(values, named, names)
-    prefix = (
-        prefixes.pop()
-        if prefixes
-        else ("" if named == "sparsetral" or (not named and base == "mistral") else "expert_")
-    )
+    usual = "" if (named or _BY_BASE[base]) == "sparsetral" else "expert_"
+    prefix = prefixes.pop() if prefixes else usual
     if not named:
         named = "sparsetral" if not prefix else "qwen2idae" if base == "qwen2" else "camelidae"
     return Layout(named, base, prefix)
@@ -125,10 +111,7 @@ def detect(values: dict[str, Any], names: Iterable[str]) -> Layout:
 
 def promises(values: dict[str, Any]) -> list[str]:
     """What in a config says that its model has experts of this method; empty for a dense model's config."""
-    texts = {"model_type": [values.get("model_type")], "_name_or_path": [values.get("_name_or_path")]}
-    texts["architectures"] = values.get("architectures") or []
-    texts["auto_map"] = list((values.get("auto_map") or {}).values())
-    found = [f"{key} {text!r}" for key, all_texts in texts.items() for text in all_texts if _NAMES.search(str(text))]
+    found = [f"{key} {text!r}" for key, text in _texts(values) if NAMES.search(text)]
     # num_experts alone is many architectures' field; the others are this method's.
     if any(key in values for key in ("adapter_dim", "moe_scaling", "topk")):
         found += [f"{key} {values[key]!r}" for key in METHOD_FIELDS if key in values]
@@ -175,15 +158,14 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
     if layout.base_model_type == "llama":
         dense.setdefault("attention_bias", "model.layers.0.self_attn.o_proj.bias" in set(names))
     try:
-        dense_config = CONFIG_MAPPING[layout.base_model_type].from_dict(dense)
-    except (StrictDataclassError, TypeError, KeyError) as error:
+        config = crafted_config(CONFIG_MAPPING[layout.base_model_type].from_dict(dense), method)
+    except BAD_CONFIG as error:
         raise ValueError(f"the config is no {layout.base_model_type} config: {error}") from error
-    config = crafted_config(dense_config, method)
     kept = {key: value for key, value in values.items() if key not in ("auto_map", SOURCE)}
     source = {
         "layout": layout.name,
         "expert_prefix": layout.expert_prefix,
-        "auto_classes": sorted(set(values.get("auto_map") or {}) & {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}),
+        "auto_classes": sorted(set(_auto_map(values)) & {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}),
         "config": kept,
     }
     setattr(config, SOURCE, source)
@@ -199,13 +181,14 @@ def targets(skeleton: Any, layout: Layout) -> list[Target]:
     """
     stacks: dict[str, Target] = {}
     for ffn_name, ffn in crafted_ffns(skeleton):
-        layer = int(ffn_name.split(".")[2])
+        moe_adapter = f"model.layers.{ffn_name.split('.')[2]}.mlp.moe_adapter"
         for ours, theirs in (("up_proj", "down"), ("down_proj", "up")):
             name, shape = f"{ffn_name}.experts.{ours}", tuple(getattr(ffn.experts, ours).shape)
-            keys = [layout.expert_key(layer, expert, theirs) for expert in range(shape[0])]
+            start = f"{moe_adapter}.experts.{layout.expert_prefix}"
+            keys = [f"{start}{expert}.adapter_{theirs}.weight" for expert in range(shape[0])]
             stacks[name] = Target(name, keys, shape[1:], True)
         name = f"{ffn_name}.router.weight"
-        stacks[name] = Target(name, [layout.router_key(layer)], tuple(ffn.router.weight.shape), False)
+        stacks[name] = Target(name, [f"{moe_adapter}.router.weight"], tuple(ffn.router.weight.shape), False)
     return [
         stacks.get(name) or Target(name, [name], tuple(parameter.shape), False)
         for name, parameter in skeleton.named_parameters()
@@ -220,11 +203,26 @@ def expert_of(name: str) -> tuple[int, int, str] | None:
 
 def _named_layout(values: dict[str, Any]) -> str:
     """The layout that the config names; empty if it names none."""
-    auto_map = list((values.get("auto_map") or {}).values())
-    for text in (values.get("model_type"), *(values.get("architectures") or []), *auto_map):
-        if match := _NAMES.search(str(text)):
-            return match[0].lower()
-    return ""
+    found = (NAMES.search(text) for key, text in _texts(values) if key != "_name_or_path")
+    return next((match[0].lower() for match in found if match), "")
+
+
+def _texts(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """(field, text) of all that may say a layout's name in a config."""
+    texts = [(key, values.get(key)) for key in ("model_type", "_name_or_path")]
+    texts += [("architectures", name) for name in _architectures(values)]
+    texts += [("auto_map", name) for name in _auto_map(values).values()]
+    return [(key, str(text)) for key, text in texts]
+
+
+def _architectures(values: dict[str, Any]) -> list[Any]:
+    found = values.get("architectures")
+    return found if isinstance(found, list) else []
+
+
+def _auto_map(values: dict[str, Any]) -> dict[str, Any]:
+    found = values.get("auto_map")
+    return found if isinstance(found, dict) else {}
 
 
 def _base(values: dict[str, Any], named: str, names: set[str]) -> str:
@@ -233,14 +231,12 @@ def _base(values: dict[str, Any], named: str, names: set[str]) -> str:
         return "qwen2"
     model_type = str(values.get("model_type"))
     base = BASES[named] if named else model_type
-    if model_type in _FAMILIES:
+    if model_type in CLASSES:
         # A dense family's model_type was written by whoever saved the file again; the class tells more.
-        classes = [str(name).rsplit(".", 1)[-1] for name in values.get("architectures") or []]
-        told = [family for family, start in _FAMILIES.items() for name in classes if name.startswith(f"{start}For")]
+        classes = [str(name).rsplit(".", 1)[-1] for name in _architectures(values)]
+        told = [family for family, start in CLASSES.items() for name in classes if name.startswith(f"{start}For")]
         base = told[0] if told else base
-    if base not in _FAMILIES:
-        raise ValueError(
-            f"model_type ({model_type!r}) must be one of {', '.join([*BASES, *_FAMILIES])} in these layouts"
-        )
+    if base not in CLASSES:
+        raise ValueError(f"model_type ({model_type!r}) must be one of {', '.join([*BASES, *CLASSES])} in these layouts")
     # Mistral is Llama with a window, which Llama's class would ignore.
     return "mistral" if base == "llama" and values.get("sliding_window") is not None else base

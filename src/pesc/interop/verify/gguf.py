@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from pesc.interop.published.layouts import NAMES
 from pesc.interop.verify.findings import Examination, Report
 
-_NAMED = re.compile(r"camelidae|qwen2idae|sparsetral", re.IGNORECASE)
 _OURS = re.compile(r"\bpesc\b", re.IGNORECASE)
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 # Files of an older converter hold each expert's matrix apart.
@@ -102,8 +102,8 @@ def _experts_of(block: int, tensors: dict[str, Any]) -> int:
 
 def _check_dense(fields: dict[str, Any], tensors: dict[str, Any], file: Path, report: Report) -> None:
     texts = {key: str(value) for key, value in fields.items() if not key.startswith(_LONG)}
-    said = [f"{key} {text!r}" for key, text in texts.items() if _NAMED.search(text) or _OURS.search(text)]
-    if _NAMED.search(file.name):
+    said = [f"{key} {text!r}" for key, text in texts.items() if NAMES.search(text) or _OURS.search(text)]
+    if NAMES.search(file.name):
         said.append(f"the file's name {file.name!r}")
     held = [name for name in tensors if _STACK.fullmatch(name) or _SINGLE.fullmatch(name)]
     report.facts |= {"experts present": len(held)}

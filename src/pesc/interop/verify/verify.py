@@ -180,7 +180,12 @@ def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> No
         said, experts = ", ".join(f"{key} {value}" for key, value in counts.items()), next(iter(counts.values()))
         layers = len(matrices)
         if values.get("model_type") in _EVERY_LAYER:
-            layers = max(layers, values.get("num_hidden_layers", 0) - len(values.get("mlp_only_layers") or []))
+            total, dense = values.get("num_hidden_layers", 0), values.get("mlp_only_layers") or []
+            if not isinstance(total, int) or not isinstance(dense, list):
+                raise ValueError(
+                    f"num_hidden_layers ({total!r}) must be a number, and mlp_only_layers ({dense!r}) a list of numbers"
+                )
+            layers = max(layers, total - len(dense))
         kinds = {kind for held in matrices.values() for kind in held}
         complete = {where: min(held.get(kind, 0) for kind in kinds) for where, held in matrices.items()}
         report.facts |= {"experts promised": experts * layers, "experts present": sum(complete.values())}
