@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pesc.rules import ASCENDING, Settings, above, at_least, below
 
+MODEL_TYPE = "pesc"
+"""The `model_type` of crafted models in their config.json, for every dense family."""
 Placement = Literal["sequential", "parallel"]
 Activation = Literal["gelu", "swiglu"]
 

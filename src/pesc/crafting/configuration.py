@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from pesc.config import PescConfig
+from pesc.config import MODEL_TYPE, PescConfig
 
-MODEL_TYPE = "pesc"
 # What a crafted config says itself; some dense families have fields of these names, empty.
 _OWNED = ("pesc", "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 

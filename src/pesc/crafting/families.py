@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pesc.crafting.configuration import MODEL_TYPE
+from pesc.config import MODEL_TYPE
 
 MOE_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 LinearShape = Callable[[nn.Module], tuple[int, int] | None]

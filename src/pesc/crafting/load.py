@@ -13,9 +13,9 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pesc.config import PescConfig
+from pesc.config import MODEL_TYPE, PescConfig
 from pesc.crafting.adapter import ADAPTER, ADAPTER_JSON, AdapterSettings, adapter_weights, load_adapter_weights
-from pesc.crafting.configuration import MODEL_TYPE, crafted_config
+from pesc.crafting.configuration import crafted_config
 from pesc.crafting.craft import craft
 from pesc.crafting.lora import adapter_tensors, add_lora, fold
 from pesc.crafting.modeling import loading_differences
