@@ -99,7 +99,7 @@ def run_alone(model: nn.Module, ids: list[int]) -> tuple[torch.Tensor, list[torc
 
 def router_loss(model: nn.Module, routed: Sequence[list[torch.Tensor]]) -> torch.Tensor:
     """Weighted eq. 10 and z-loss of one micro-batch, a layer, an expert and a token at a time."""
-    method, total = model.config.method, torch.zeros(())
+    method, total = model.config.pesc_config, torch.zeros(())
     for layer, router in enumerate(module for module in model.modules() if isinstance(module, Router)):
         tokens = [logits for document in routed for logits in document[layer]]
         for expert in range(router.num_experts):

@@ -67,7 +67,7 @@ def test_config_keeps_dense_fields_at_the_top_and_its_own_type(tmp_path: Path) -
     assert values["hidden_size"] == 32
     assert values["pesc"]["num_experts"] == [4, 4, 2]
     config = AutoConfig.from_pretrained(tmp_path)
-    assert config.method == model.config.method
+    assert config.pesc_config == model.config.pesc_config
     assert (config.num_experts, config.num_experts_per_tok) == ([4, 4, 2], 2)
 
 

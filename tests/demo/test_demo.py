@@ -43,7 +43,7 @@ def test_the_demo_runs_end_to_end_and_a_second_time_from_what_is_there(
         assert sentence.replace(" ", "") in joined.replace(" ", "")
     assert "sparse wins" not in text.lower()
     assert describe(output).untouched == [] or len(describe(output).untouched) < 240
-    assert load(output).config.method.num_experts == 8
+    assert load(output).config.pesc_config.num_experts == 8
     run.run_demo(output, console)
     assert "complete: nothing to do" in console.file.getvalue()
     assert read_results(output) == results

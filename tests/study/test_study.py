@@ -97,7 +97,7 @@ def test_every_arm_runs_with_every_seed(study: Study) -> None:
     assert [len(run.answers) for _, run in results.runs()] == [2] * 5
     assert results.differences(dense, "odd").shape == (2, 3)
     assert pesc.runs[0].nll != pesc.runs[1].nll
-    assert load(study.folder).config.method.num_experts == 4
+    assert load(study.folder).config.pesc_config.num_experts == 4
     assert pesc.settings["pesc.adapter_dim"] == "8" and "pesc.adapter_dim" not in dense.settings
     assert results.arms[0].settings == {}
 

@@ -30,7 +30,7 @@ def test_trl_trains_experts_and_router(tmp_path: Path) -> None:
     assert not trainer.aux_loss_enabled  # trl's own, which merges all layers
     assert trainer.state.log_history[-1]["train_loss"] > 0
     assert not any(torch.equal(before[name], p) for name, p in expert_parameters(model).items())
-    assert model.config.method.router_aux_loss_coef == 0.01
+    assert model.config.pesc_config.router_aux_loss_coef == 0.01
 
 
 def test_trl_loads_a_crafted_folder_by_path_and_saves_checkpoints(tmp_path: Path) -> None:
@@ -44,4 +44,4 @@ def test_trl_loads_a_crafted_folder_by_path_and_saves_checkpoints(tmp_path: Path
         processing_class=tiny_tokenizer(),
     )
     trainer.train()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1").config.method.num_experts == 4
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1").config.pesc_config.num_experts == 4

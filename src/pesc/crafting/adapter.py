@@ -79,7 +79,7 @@ class AdapterSettings:
         return cls(
             base_model=str(folder.resolve()) if folder == Path(base).expanduser() else base,
             base_sha256=weights_hash(folder),
-            pesc=model.config.method if crafted_ffns(model) else None,
+            pesc=model.config.pesc_config if crafted_ffns(model) else None,
             lora=_lora_settings(loras[LORA_NAME]) if loras else None,
         )
 

@@ -70,12 +70,12 @@ class PescBackbone(Extension, PreTrainedModel):
         return 1 / GradientState().num_steps if self.router_loss_scale is None else self.router_loss_scale
 
     def _routing(self, router_logits: list[torch.Tensor], attention_mask: Any) -> Routing:
-        method, routers = self.config.method, [ffn.router for _, ffn in crafted_ffns(self)]
+        pesc_config, routers = self.config.pesc_config, [ffn.router for _, ffn in crafted_ffns(self)]
         _refuse_routers_cut_off(routers, router_logits)
         top_k = [router.num_experts_per_tok for router in routers]
         mask = token_mask(attention_mask, router_logits[0].shape[0])
         balance, z = router_losses(router_logits=router_logits, num_experts_per_tok=top_k, mask=mask)
-        loss = method.router_aux_loss_coef * balance + method.router_z_loss_coef * z
+        loss = pesc_config.router_aux_loss_coef * balance + pesc_config.router_z_loss_coef * z
         return Routing(router_logits, top_k, mask, balance, loss)
 
 

@@ -58,7 +58,7 @@ class PescModelConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain values; the method's settings stand under "pesc"."""
         values = super().to_dict()
-        values["pesc"] = self.method.to_dict()
+        values["pesc"] = self.pesc_config.to_dict()
         return values
 
     def __reduce__(self) -> Any:
@@ -66,7 +66,7 @@ class PescModelConfig(PreTrainedConfig):
         return _empty_config, (self.base_model_type,), self.__dict__
 
     @property
-    def method(self) -> PescConfig:
+    def pesc_config(self) -> PescConfig:
         """The method's settings."""
         assert isinstance(self.pesc, PescConfig)
         return self.pesc
@@ -74,7 +74,7 @@ class PescModelConfig(PreTrainedConfig):
     @property
     def num_experts(self) -> int | list[int]:
         """E, or a list with one for each crafted layer."""
-        return self.method.num_experts
+        return self.pesc_config.num_experts
 
     @num_experts.setter
     def num_experts(self, value: object) -> None:
@@ -83,7 +83,7 @@ class PescModelConfig(PreTrainedConfig):
     @property
     def num_experts_per_tok(self) -> int | list[int]:
         """K, or a list with one for each crafted layer."""
-        return self.method.num_experts_per_tok
+        return self.pesc_config.num_experts_per_tok
 
     @num_experts_per_tok.setter
     def num_experts_per_tok(self, value: object) -> None:

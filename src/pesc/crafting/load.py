@@ -97,7 +97,7 @@ class ModelRef:
     @property
     def pesc_config(self) -> PescConfig | None:
         """The method's settings; None for a dense model."""
-        return self.config.method if self.config.model_type == MODEL_TYPE else None
+        return self.config.pesc_config if self.config.model_type == MODEL_TYPE else None
 
     def skeleton(self, *, folded: bool = True) -> PreTrainedModel:
         """The model on the meta device.

@@ -51,7 +51,7 @@ class PescForCausalLM(Extension, PreTrainedModel):
         # The dense family's own modules know no experts, and refuse a config that names a backend for them.
         config._experts_implementation = "eager"
         super().__init__(config, *args, **kwargs)
-        add_experts(self, config.method)
+        add_experts(self, config.pesc_config)
         extend_class(self.base_model, PescBackbone)
         config._experts_implementation = self.get_correct_experts_implementation(requested)
 

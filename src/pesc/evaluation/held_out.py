@@ -116,7 +116,7 @@ def _by_layer(model: PreTrainedModel, counts: dict[str, list[torch.Tensor]]) -> 
     if not counts:
         return None
     depth = model.config.num_hidden_layers
-    settings = model.config.method.for_layers(depth)
+    settings = model.config.pesc_config.for_layers(depth)
     crafted = {domain: dict(zip(sorted(settings), layers, strict=True)) for domain, layers in counts.items()}
     return ExpertCounts(
         num_experts_per_tok=[settings[at].num_experts_per_tok if at in settings else None for at in range(depth)],

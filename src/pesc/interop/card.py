@@ -93,15 +93,15 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _what(ref: ModelRef, base: str) -> str:
-    method = ref.pesc_config
-    if method is None:
+    pesc_config = ref.pesc_config
+    if pesc_config is None:
         return f"Made from {base}: tuned with LoRA, which is folded into the weights."
-    layers = "every layer" if method.layers is None else f"layers {method.layers}"
+    layers = "every layer" if pesc_config.layers is None else f"layers {pesc_config.layers}"
     rows = {
-        "experts in a layer, of these for each token": f"{method.num_experts}, {method.num_experts_per_tok}",
-        "adapter dim": method.adapter_dim,
-        "adapters read": "the FFN's output" if method.adapter_placement == "sequential" else "the FFN's input",
-        "adapter": f"{method.adapter_activation}, scaled by {method.adapter_scaling:g}",
+        "experts in a layer, of these for each token": f"{pesc_config.num_experts}, {pesc_config.num_experts_per_tok}",
+        "adapter dim": pesc_config.adapter_dim,
+        "adapters read": "the FFN's output" if pesc_config.adapter_placement == "sequential" else "the FFN's input",
+        "adapter": f"{pesc_config.adapter_activation}, scaled by {pesc_config.adapter_scaling:g}",
         "layers with experts": layers,
     }
     return (

@@ -34,13 +34,13 @@ def head_dim_of(config: Any) -> int:
 
 def setting_of(config: Any, name: str) -> Any:
     """A setting of the method that a format has once for all layers (`num_experts`, …)."""
-    value = getattr(config.method, name)
+    value = getattr(config.pesc_config, name)
     return value[0] if isinstance(value, list) else value
 
 
 def crafted_layers(config: Any) -> list[int]:
     """Indices of the layers with experts."""
-    return list(config.method.for_layers(config.num_hidden_layers))
+    return list(config.pesc_config.for_layers(config.num_hidden_layers))
 
 
 def multipliers_of(config: Any) -> dict[str, float]:
@@ -57,11 +57,11 @@ def reasons_against(config: Any, limits: Limits) -> list[str]:
         config: the crafted model's; no weights are needed.
         limits: what the format can hold.
     """
-    method, reasons = config.method, []
-    if method.adapter_placement != "parallel" or method.adapter_activation != "swiglu":
+    pesc_config, reasons = config.pesc_config, []
+    if pesc_config.adapter_placement != "parallel" or pesc_config.adapter_activation != "swiglu":
         reasons.append(
-            f"its experts are {method.adapter_placement} + {method.adapter_activation}, and only parallel + swiglu "
-            "ones are routed experts beside a shared one"
+            f"its experts are {pesc_config.adapter_placement} + {pesc_config.adapter_activation}, and only parallel + "
+            "swiglu ones are routed experts beside a shared one"
         )
     settings = ("num_experts", "num_experts_per_tok", "adapter_dim")
     reasons += uneven_reasons(config, settings, some_layers=limits.some_layers)
@@ -78,7 +78,7 @@ def uneven_reasons(config: Any, settings: Iterable[str], *, some_layers: bool) -
     """
     reasons = []
     for name in settings:
-        value = getattr(config.method, name)
+        value = getattr(config.pesc_config, name)
         if isinstance(value, list) and len(set(value)) > 1:
             reasons.append(f"{name} ({value}) differs between layers, and the format has one for all")
     layers = crafted_layers(config)

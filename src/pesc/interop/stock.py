@@ -72,7 +72,7 @@ def _common_config(config: Any) -> dict[str, Any]:
         values["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return values | {
         "num_experts_per_tok": setting_of(config, "num_experts_per_tok"),
-        "router_aux_loss_coef": config.method.router_aux_loss_coef,
+        "router_aux_loss_coef": config.pesc_config.router_aux_loss_coef,
     }
 
 
@@ -145,7 +145,7 @@ def _granite_tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
         elif part == "experts.gate_up_proj":
             yield f"{start}block_sparse_moe.input_linear.weight", source.read(name)
         elif part == "experts.down_proj":
-            last = scaled(source.read(name), source.config.method.adapter_scaling)
+            last = scaled(source.read(name), source.config.pesc_config.adapter_scaling)
             yield f"{start}block_sparse_moe.output_linear.weight", last
 
 
@@ -191,7 +191,7 @@ def _qwen_tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{start}mlp.experts.{number}.gate_proj.weight", gate.clone()
                 yield f"{start}mlp.experts.{number}.up_proj.weight", up.clone()
         elif part == "experts.down_proj":
-            for number, matrix in enumerate(scaled(source.read(name), source.config.method.adapter_scaling)):
+            for number, matrix in enumerate(scaled(source.read(name), source.config.pesc_config.adapter_scaling)):
                 yield f"{start}mlp.experts.{number}.down_proj.weight", matrix.clone()
         else:
             yield f"{start}mlp.shared_expert.{part}", scaled(source.read(name), 2.0 if "down" in part else 1.0)

@@ -93,7 +93,7 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
     set_seed(recipe.training.seed)
     model = locate(recipe.model.name).load(dtype=recipe.model.dtype)
     if crafted_ffns(model):
-        if recipe.pesc not in (None, model.config.method):
+        if recipe.pesc not in (None, model.config.pesc_config):
             raise ValueError(
                 f"{recipe.model.name} is crafted already, with other settings than the recipe's pesc section: write "
                 "pesc: null"

@@ -64,7 +64,7 @@ def dense_view(config: PescModelConfig) -> Any:
         values.pop(key, None)
     dense = dense_class(**values)
     dense.architectures = [architecture]
-    dense.pesc = config.method.to_dict()
+    dense.pesc = config.pesc_config.to_dict()
     dense.name_or_path = config.name_or_path
     return dense
 

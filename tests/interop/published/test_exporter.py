@@ -85,7 +85,7 @@ def test_out_and_in_again_changes_no_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["camelidae", "sparsetral"])
 def test_other_settings_survive(method: dict, layout: str, tmp_path: Path) -> None:
     _round_trip(layout, "llama", {}, "llama" if layout == "camelidae" else "mistral", tmp_path, **method)
-    ours, again = (pesc.load(tmp_path / name).config.method for name in ("ours", "again"))
+    ours, again = (pesc.load(tmp_path / name).config.pesc_config for name in ("ours", "again"))
     for field in ("adapter_scaling", "adapter_dropout", "router_aux_loss_coef", "num_experts_per_tok"):
         assert getattr(again, field) == getattr(ours, field)
 

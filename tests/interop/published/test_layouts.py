@@ -35,11 +35,11 @@ def test_published_configs_build_with_the_papers_counts(name: str) -> None:
     layout = detect(values, [])
     assert (layout.base_model_type, layout.expert_prefix) == (base, prefix)
     config = config_from(values, layout, [])
-    assert (config.method.num_experts_per_tok, config.method.adapter_scaling) == (top_k, scaling)
+    assert (config.pesc_config.num_experts_per_tok, config.pesc_config.adapter_scaling) == (top_k, scaling)
     skeleton = skeleton_of(config)
     counts = count_parameters(skeleton)
     dense = skeleton_of(CONFIG_MAPPING[base].from_dict(config.to_dict() | {"model_type": base})).num_parameters()
-    experts, width = config.method.num_experts, config.method.adapter_dim
+    experts, width = config.pesc_config.num_experts, config.pesc_config.adapter_dim
     routers = config.num_hidden_layers * experts * config.hidden_size
     adapters = routers * 2 * width
     assert counts.total - dense == counts.trained == adapters + routers

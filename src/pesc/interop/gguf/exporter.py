@@ -189,7 +189,7 @@ def _layer_tensors(config: Any, part: str, tensor: torch.Tensor, *, glm: bool) -
         yield "ffn_gate_exps.weight", gate
         yield "ffn_up_exps.weight", up
     elif part == "mlp.experts.down_proj":
-        yield _PARTS[part], scaled(tensor, config.method.adapter_scaling)
+        yield _PARTS[part], scaled(tensor, config.pesc_config.adapter_scaling)
     elif glm and part.startswith("mlp.") and part.endswith("_proj.weight"):
         extra = -config.intermediate_size % setting_of(config, "adapter_dim")
         yield _PARTS[part], F.pad(tensor, (0, extra) if "down" in part else (0, 0, 0, extra))

@@ -89,10 +89,10 @@ def _layout_of(config: Any, layout: str, source: dict[str, Any] | None) -> Layou
 
 
 def _method_reasons(config: Any) -> list[str]:
-    method, reasons = config.method, []
-    if method.adapter_placement != "sequential" or method.adapter_activation != "gelu":
+    pesc_config, reasons = config.pesc_config, []
+    if pesc_config.adapter_placement != "sequential" or pesc_config.adapter_activation != "gelu":
         reasons.append(
-            f"its experts are {method.adapter_placement} + {method.adapter_activation}, and the layout's are "
+            f"its experts are {pesc_config.adapter_placement} + {pesc_config.adapter_activation}, and the layout's are "
             "sequential + gelu"
         )
     return [*reasons, *uneven_reasons(config, METHOD_FIELDS.values(), some_layers=False)]
@@ -171,7 +171,7 @@ def _published_fields(config: Any, layout: Layout) -> dict[str, Any]:
         values["sliding_window"] = getattr(config, "sliding_window", None)
     values["torch_dtype"] = str(config.dtype or "float32").removeprefix("torch.")
     values |= {theirs: setting_of(config, ours) for theirs, ours in METHOD_FIELDS.items()}
-    return values | {key: getattr(config.method, key) for key in TRAINING_FIELDS}
+    return values | {key: getattr(config.pesc_config, key) for key in TRAINING_FIELDS}
 
 
 def _auto_map(layout: Layout) -> dict[str, str]:

@@ -147,7 +147,7 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
     Raises:
         ValueError: as `method_from` does.
     """
-    method = method_from(values)
+    pesc_config = method_from(values)
     dense = {key: value for key, value in values.items() if key not in _NOT_DENSE}
     dense["dtype"] = values.get("dtype") or values.get("torch_dtype")
     # What the layouts' own config classes take for absent fields.
@@ -158,7 +158,7 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
     if layout.base_model_type == "llama":
         dense.setdefault("attention_bias", "model.layers.0.self_attn.o_proj.bias" in set(names))
     try:
-        config = crafted_config(CONFIG_MAPPING[layout.base_model_type].from_dict(dense), method)
+        config = crafted_config(CONFIG_MAPPING[layout.base_model_type].from_dict(dense), pesc_config)
     except BAD_CONFIG as error:
         raise ValueError(f"the config is no {layout.base_model_type} config: {error}") from error
     kept = {key: value for key, value in values.items() if key not in ("auto_map", SOURCE)}

@@ -86,7 +86,7 @@ def _check(ref: ModelRef, report: Report) -> None:
     if ref.kind == "adapter":
         _check_adapter(ref, weights, report)
     elif ref.kind == "crafted":
-        report.facts |= {"base": ref.config.base_model_type, "pesc": ref.config.method.to_dict()}
+        report.facts |= {"base": ref.config.base_model_type, "pesc": ref.config.pesc_config.to_dict()}
         _compare(ref, weights, report)
     elif is_published(values, weights.tensors):
         _check_published(values, weights, report)
@@ -143,7 +143,7 @@ def _check_published(values: dict[str, Any], weights: Weights, report: Report) -
     except ValueError as error:
         report.add("error", str(error))
         return
-    report.facts |= {"base": layout.base_model_type, "pesc": skeleton.config.method.to_dict()}
+    report.facts |= {"base": layout.base_model_type, "pesc": skeleton.config.pesc_config.to_dict()}
     plan = layouts.targets(skeleton, layout)
     _report_experts(plan, weights, report)
     for line in plan_differences(plan, weights, skeleton).lines():
