@@ -23,13 +23,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pesc.bench.config import BenchConfig
-from pesc.bench.measure import machine
 from pesc.bench.model_pair import DENSE, bound, build_model_pair
 from pesc.bench.peak import peak_memory
 from pesc.bench.steps import make_steps
 from pesc.bench.timing import interleave
 from pesc.config import PescConfig
 from pesc.machine.allocator import keep_freed_memory
+from pesc.machine.description import describe_machine
 from pesc.report import charts
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,7 +99,9 @@ def measure(point: Point) -> dict[str, Any]:
 
 def run(path: Path) -> None:
     """Measure every sweep that the file does not hold yet."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "sweeps": {}}
+    found: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"machine": describe_machine(), "sweeps": {}}
+    )
     for name, values in SWEEPS.items():
         if name in found["sweeps"]:
             continue

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -22,6 +21,7 @@ from pesc.bench.peak import peak_memory
 from pesc.bench.steps import make_steps
 from pesc.bench.timing import WARM_UPS, interleave
 from pesc.machine.allocator import keep_freed_memory, release_freed_memory
+from pesc.machine.description import describe_machine
 from pesc.machine.progress import Progress
 from pesc.machine.quiet import quiet_libraries
 
@@ -72,7 +72,7 @@ def run_bench(config: BenchConfig, console: Console, output: Path | None = None)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "65536")
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": machine(),
+        "machine": describe_machine(),
         "keeps_freed_memory": kept,
         "config": asdict(config),
         "workloads": {},
@@ -95,14 +95,6 @@ def run_bench(config: BenchConfig, console: Console, output: Path | None = None)
         gc.collect()
         release_freed_memory()  # in pieces that the next, other shapes would not fit
     return results
-
-
-def machine() -> str:
-    """What the numbers were measured on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{os.cpu_count()} cores, {platform.machine()}, {capability}, torch {torch.__version__}"
 
 
 def _plan(config: BenchConfig) -> list[tuple[str, Workload, int]]:

@@ -18,13 +18,13 @@ from typing import Any
 
 from rich.console import Console
 
-from pesc.bench.measure import machine
 from pesc.crafting.cost import count_parameters
 from pesc.crafting.load import ModelRef, locate
 from pesc.crafting.lora import fold
 from pesc.data.formats import read_examples
 from pesc.evaluation.held_out import HeldOut, encode_held_out, score
 from pesc.evaluation.samples import generate_answers
+from pesc.machine.description import describe_machine
 from pesc.machine.progress import Progress
 from pesc.machine.quiet import quiet_libraries
 from pesc.report.page import write_report
@@ -205,7 +205,7 @@ def _results(study: Study, runs: dict[str, list[Run]]) -> Results:
         questions=study.questions,
         sources=study.sources,
         notes=study.notes,
-        machine=machine(),
+        machine=describe_machine(),
     )
 
 
