@@ -100,15 +100,21 @@ class ModelRef:
         return self.config.pesc_config if self.config.model_type == MODEL_TYPE else None
 
     def skeleton(self, *, folded: bool = True) -> PreTrainedModel:
-        """The model on the meta device.
+        """The model on the meta device, built once: to be looked at, not changed.
 
         Args:
             folded: without LoRA.
         """
-        model = skeleton_of(self.config)
-        if not folded and self.kind == "adapter" and self.settings.lora:
-            add_lora(model, LoraConfig(**self.settings.lora))
-        return model
+        tuned = self.kind == "adapter" and self.settings.lora
+        return self._tuned_skeleton if tuned and not folded else self._bare_skeleton
+
+    @cached_property
+    def _bare_skeleton(self) -> PreTrainedModel:
+        return skeleton_of(self.config)
+
+    @cached_property
+    def _tuned_skeleton(self) -> PreTrainedModel:
+        return add_lora(skeleton_of(self.config), LoraConfig(**self.settings.lora or {}))
 
     def differences(self, weights: Weights | None = None) -> TensorDifferences:
         """How its files differ from what its config, or an adapter's settings, promise.
@@ -129,6 +135,16 @@ class ModelRef:
             FileNotFoundError, ValueError: as `Weights` does.
         """
         return adapter_weights(self.folder) if self.kind == "adapter" else Weights(self.folder)
+
+    def complete_weights(self) -> Weights:
+        """`weights`, after a comparison with the skeleton.
+
+        Raises:
+            FileNotFoundError, ValueError: as `weights` does; also listing every difference.
+        """
+        weights = self.weights()
+        self.differences(weights).refuse(f"{self.name} does not hold the model its config describes")
+        return weights
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, padding set for training and generation.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from pesc.crafting.load import ModelRef
-from pesc.crafting.skeleton import differences_from
 from pesc.storage.weights import Weights
 
 
@@ -41,14 +40,11 @@ def open_source(ref: ModelRef) -> Source:
     Raises:
         FileNotFoundError, ValueError: the model is not complete; every missing or misshapen tensor is listed.
     """
-    skeleton = ref.skeleton()
-    names = [name for name, _ in skeleton.named_parameters()]
+    names = [name for name, _ in ref.skeleton().named_parameters()]
     if ref.kind == "adapter":
         folded = dict(ref.load(folded=True).named_parameters())
         return Source(ref, names, lambda name: folded[name].detach())
-    weights = ref.weights()
-    differences_from(skeleton, weights).refuse(f"{ref.name} does not hold the model its config describes")
-    return Source(ref, names, weights.read)
+    return Source(ref, names, ref.complete_weights().read)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ def _write_standalone(ref: ModelRef, out: Path) -> None:
     if ref.kind == "adapter":
         ref.load(folded=True).save_pretrained(out)
     else:
-        weights = ref.weights()
-        ref.differences(weights).refuse(f"{ref.name} does not hold the model its config describes")
+        weights = ref.complete_weights()
         for file in [ref.folder / "config.json", *ref.folder.glob("*.index.json"), *weights.files]:
             shutil.copyfile(file, out / file.name)
     copy_companions(ref.base.folder, out)

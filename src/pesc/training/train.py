@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from pesc.data.formats import read_examples
 from pesc.machine.allocator import keep_freed_memory
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
-from pesc.storage.files import file_sha256
+from pesc.storage.files import file_sha256, write_json
 from pesc.training.callbacks import METRICS, MetricsWriter
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
@@ -67,14 +66,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     (run / DATA_DIGEST).write_text(file_sha256(recipe.data.train) + "\n")
     writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
-        trainer = PescTrainer(
-            model,
-            args=_arguments(recipe),
-            train_dataset=datasets.Dataset.from_list(examples),
-            processing_class=tokenizer,
-            callbacks=[writer],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = _build_trainer(recipe, model, tokenizer, examples, writer)
         try:
             with measure_peak_memory() as peak:
                 _train_or_resume(trainer, run)
@@ -84,7 +76,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         finally:
             writer.stop()
     summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
-    (run / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run / SUMMARY, summary)
     return save_adapter(trainer.model, run / ADAPTER)
 
 
@@ -107,6 +99,24 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
         set_seed(recipe.training.seed)
         add_lora(model, _lora_config(recipe.lora))
     return model
+
+
+def _build_trainer(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict[str, list[int]]],
+    writer: MetricsWriter,
+) -> PescTrainer:
+    trainer = PescTrainer(
+        model,
+        args=_arguments(recipe),
+        train_dataset=datasets.Dataset.from_list(examples),
+        processing_class=tokenizer,
+        callbacks=[writer],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _lora_config(lora: LoraSettings) -> LoraConfig:
