@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -127,6 +128,15 @@ def test_experts_that_another_library_leaves_out_are_missed() -> None:
     ffn.forward = type(ffn).dense_class.forward.__get__(ffn)
     with pytest.raises(ValueError, match="1 of 2 routers ran: another library has replaced"):
         model(tokens())
+
+
+def test_experts_that_peft_freezes_are_named() -> None:
+    wrapped = get_peft_model(crafted(), LoraConfig(target_modules=["q_proj"])).train()
+    with pytest.warns(UserWarning, match=r'routers and experts are frozen .*modules_to_save=\["router", "experts"\]'):
+        wrapped(tokens(), labels=tokens())
+    for model in (crafted(), wrapped.eval()):
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            model.train(model is not wrapped)(tokens(), labels=tokens())
 
 
 def test_wrappers_that_copy_the_router_change_nothing() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 
 from families import FAMILIES, UNTRIED, disturb, tiny_model, tokens
 from pesc import PescConfig, craft
@@ -149,3 +151,17 @@ def test_crafted_models_pickle_whole() -> None:
     restored = pickle.loads(pickle.dumps(crafted))
     assert type(restored) is type(crafted)
     assert torch.equal(restored(tokens()).logits, crafted(tokens()).logits)
+
+
+def test_an_adapter_of_peft_does_not_take_the_dense_folder_for_its_base(tmp_path: Path) -> None:
+    """That folder has no experts."""
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    crafted = disturb(craft(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), PescConfig(**SMALL)))
+    copied = copy.deepcopy(crafted)
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(crafted, lora)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(OSError, match="crafted in memory, saved nowhere: pass the model itself"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(copied, tmp_path / "adapter")
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)

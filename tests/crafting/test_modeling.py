@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModel, IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, LlamaForCausalLM
 
 from families import FAMILIES, UNTRIED, disturb, tiny_model, tokens
 from pesc import PescConfig, craft, craft_checkpoint
+from pesc.crafting import modeling
 from pesc.crafting.info import describe
+from pesc.crafting.lora import adapter_tensors, add_lora
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 SMALL = {"num_experts": 4, "adapter_dim": 8}
@@ -86,6 +89,35 @@ def test_without_pesc_the_auto_classes_refuse(tmp_path: Path) -> None:
     assert "pesc" in refused.stderr.splitlines()[-1] or "pesc" in refused.stderr
     loaded = subprocess.run([sys.executable, "-c", f"import pesc; {code}"], capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["dense class", "dense model_type"])
+def test_dense_classes_refuse_a_crafted_folder(edited: bool, tmp_path: Path) -> None:
+    """They would leave its experts out."""
+    crafted_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    if edited:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "llama"}))
+    for kind in (LlamaForCausalLM, AutoModelForCausalLM) if edited else (LlamaForCausalLM,):
+        with pytest.raises(ValueError, match="load this folder with AutoModelForCausalLM, after `import pesc`"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_fp8_must_leave_the_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers allows FP8 with a GPU only; what is tested here runs without one too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    model = crafted_model()
+    model.save_pretrained(tmp_path / "crafted")
+    with pytest.raises(ValueError, match=r"FP8 would replace the experts.*modules_to_not_convert"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "crafted", quantization_config=FineGrainedFP8Config())
+    kept = FineGrainedFP8Config(weight_block_size=(16, 16), modules_to_not_convert=["lm_head", "experts"])
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "crafted", quantization_config=kept, device_map={"": torch.device("cpu")}
+    )
+    assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+    expected = expert_parameters(model)
+    assert all(torch.equal(expected[name], p) for name, p in expert_parameters(loaded).items())
 
 
 def test_import_is_cheap_and_works_before_or_after_transformers() -> None:
@@ -176,6 +208,49 @@ def test_compiles_without_graph_breaks_in_our_layer(backend: str) -> None:
     x = torch.randn(2, 5, 32)
     compiled = torch.compile(ffn, fullgraph=True)
     assert torch.allclose(compiled(x), ffn(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *UNTRIED])
+def test_classes_are_found_by_their_names(family: str) -> None:
+    made = type(crafted_model(family))
+    assert getattr(modeling, made.__name__) is made
+    assert pickle.loads(pickle.dumps(made)) is made
+    with pytest.raises(AttributeError, match="has no attribute 'PescNothing'"):
+        _ = modeling.PescNothing
+
+
+def test_peft_finds_the_class_of_an_adapters_base(tmp_path: Path) -> None:
+    crafted_model().save_pretrained(tmp_path / "crafted")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "crafted")
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["pesc"])
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name", "message"),
+    [
+        (LoraConfig(target_modules=["q_proj"]), "mine", r"its name \('mine'\) must be 'default'"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), None, "modules_to_save must be left out"),
+        (LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4"), None, "changes the base's weights"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), None, "IA3Config must be a LoraConfig"),
+    ],
+    ids=["name", "modules_to_save", "initialisation", "kind"],
+)
+def test_adapters_that_could_not_be_saved_are_refused_at_once(adapter, name: str | None, message: str) -> None:
+    model = crafted_model()
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter(adapter, name)
+
+
+def test_a_state_dict_of_the_adapter_is_complete() -> None:
+    """A trainer's checkpoint holds no base; one that lacks experts is reported."""
+    model = add_lora(crafted_model(), LoraConfig(target_modules=["q_proj"]))
+    held = adapter_tensors(model)
+    assert model.load_state_dict(held, strict=False).missing_keys == []
+    held.popitem()
+    assert len(model.load_state_dict(held, strict=False).missing_keys) > 1
 
 
 def test_config_survives_pickle_and_copies() -> None:

@@ -155,6 +155,17 @@ def test_transformers_trainer_that_counts_no_items(tmp_path: Path) -> None:
     check(steps, mean_of_means=True)
 
 
+def test_label_smoothing_looks_at_the_next_token(tmp_path: Path) -> None:
+    """As for the dense family, whose class the trainer knows by name."""
+    losses = []
+    for model in (tiny_model("llama"), craft(tiny_model("llama"), PescConfig(**METHOD))):
+        args = arguments(transformers.TrainingArguments, tmp_path, label_smoothing_factor=0.1)
+        data = Dataset.from_list(examples(DOCUMENTS))
+        trainer = transformers.Trainer(model, args, data_collator=padded, train_dataset=data)
+        losses.append(trainer.train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_data_without_a_length(tmp_path: Path) -> None:
     model = crafted()
     stream = Dataset.from_list(examples(DOCUMENTS[:8])).to_iterable_dataset()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pesc.config import PescConfig
-from pesc.crafting.lora import LORA_NAME, adapter_tensors
+from pesc.crafting.lora import LORA_NAME, adapter_tensors, refuse_unsavable
 from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns
 from pesc.storage.compare import compare_tensors
@@ -68,13 +68,9 @@ class AdapterSettings:
             ValueError: the model's LoRA is not the one of `add_lora`, or the model has no named base.
         """
         loras = getattr(model, "peft_config", {})
-        if set(loras) - {LORA_NAME}:
-            raise ValueError(
-                f"LoRA adapters {sorted(loras)} must be one, named {LORA_NAME!r}, as pesc.add_lora makes it"
-            )
-        base = model.config.name_or_path
-        if not base:
-            raise ValueError("the model was not loaded from anywhere: save its base and set model.config.name_or_path")
+        for name, lora in loras.items():
+            refuse_unsavable(lora, name)
+        base = base_of(model)
         folder = resolve(base)
         return cls(
             base_model=str(folder.resolve()) if folder == Path(base).expanduser() else base,
@@ -86,6 +82,18 @@ class AdapterSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return vars(self) | {"pesc": self.pesc.to_dict() if self.pesc else None}
+
+
+def base_of(model: PreTrainedModel) -> str:
+    """The place of a tuned model's base.
+
+    Raises:
+        ValueError: the model was not loaded from anywhere.
+    """
+    base: str = getattr(model, "adapter_base", model.config.name_or_path)
+    if not base:
+        raise ValueError("the model was not loaded from anywhere: save its base and set model.config.name_or_path")
+    return base
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from pesc.crafting.surgery import crafted_ffns
+from pesc.crafting.surgery import crafted_ffns, expert_parameters
 from pesc.method.extend import Extension
 from pesc.method.losses import carry_loss, router_losses, token_mask
 from pesc.method.routing import Routing, record_router_logits
@@ -59,6 +60,7 @@ class PescBackbone(Extension, PreTrainedModel):
         for watcher in self.watchers:
             watcher.append(routing)
         if trains:
+            _warn_of_frozen_experts(self)
             _replace_hidden_states(outputs, carry_loss(outputs.last_hidden_state, routing.loss, self.loss_scale()))
         if output_router_logits:
             outputs["router_logits"] = tuple(logits.detach() for logits in router_logits)
@@ -126,6 +128,15 @@ def _replace_hidden_states(outputs: Any, hidden_states: torch.Tensor) -> None:
     outputs.last_hidden_state = hidden_states
     if outputs.get("hidden_states") is not None:
         outputs.hidden_states = tuple(hidden_states if state is last else state for state in outputs.hidden_states)
+
+
+def _warn_of_frozen_experts(backbone: PescBackbone) -> None:
+    if not any(parameter.requires_grad for parameter in expert_parameters(backbone).values()):
+        warnings.warn(
+            "routers and experts are frozen and do not train: peft freezes them unless its LoraConfig has "
+            'modules_to_save=["router", "experts"]; pesc.add_lora trains them beside LoRA',
+            stacklevel=2,
+        )
 
 
 def _refuse_routers_cut_off(routers: Sequence[Any], router_logits: Sequence[torch.Tensor]) -> None:

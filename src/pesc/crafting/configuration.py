@@ -16,6 +16,9 @@ from pesc.config import MODEL_TYPE, PescConfig
 
 # What a crafted config says itself; some dense families have fields of these names, empty.
 _OWNED = ("pesc", "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
+# Where a config.json names the backend of experts: classes without experts refuse one that they do not know. Without
+# it, a dense class that is given a crafted folder would leave its experts out.
+_FOR_OTHER_CLASSES = "pesc: load this folder with AutoModelForCausalLM, after `import pesc`"
 
 
 def register() -> None:
@@ -42,6 +45,8 @@ class PescModelConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.pesc, PescConfig):
             self.pesc = PescConfig.from_dict(self.pesc or {})
+        if kwargs.get("experts_implementation") == _FOR_OTHER_CLASSES:
+            del kwargs["experts_implementation"]
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -60,6 +65,10 @@ class PescModelConfig(PreTrainedConfig):
         values = super().to_dict()
         values["pesc"] = self.pesc_config.to_dict()
         return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return super().to_diff_dict() | {"experts_implementation": _FOR_OTHER_CLASSES}
 
     def __reduce__(self) -> Any:
         # The class is made at run time, so pickle (workers of vLLM, multiprocessing) cannot find it by name.
@@ -94,6 +103,7 @@ class PescModelConfig(PreTrainedConfig):
 def crafted_config_class(dense: type[PreTrainedConfig]) -> type[PescModelConfig]:
     """The config class of a dense config class's crafted models, known to `AutoModelForCausalLM` from here on."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from pesc.crafting.modeling import PescForCausalLM
     from pesc.method.extend import extended
@@ -102,6 +112,8 @@ def crafted_config_class(dense: type[PreTrainedConfig]) -> type[PescModelConfig]
     model_class = extended(MODEL_FOR_CAUSAL_LM_MAPPING[dense], PescForCausalLM)
     model_class.config_class = config_class
     AutoModelForCausalLM.register(config_class, model_class)
+    # Trainers and pipelines recognise a causal LM by its class's name.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{MODEL_TYPE}-{dense.model_type}"] = model_class.__name__
     return config_class
 
 

@@ -45,6 +45,8 @@ def craft(dense_model: PreTrainedModel, config: PescConfig | None = None) -> Pre
                     holder.config = new_config
         extend_class(dense_model.base_model, PescBackbone)
         extend_class(dense_model, PescForCausalLM)
+    # peft writes this down as an adapter's base, and later loads the base from there.
+    dense_model.name_or_path = "crafted in memory, saved nowhere: pass the model itself"
     new_config._experts_implementation = dense_model.get_correct_experts_implementation(None)
     return dense_model
 

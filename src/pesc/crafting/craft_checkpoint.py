@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pesc.crafting.families import refuse_moe
 from pesc.crafting.load import locate
 from pesc.crafting.skeleton import differences_from, names_in_model, skeleton_of
 from pesc.crafting.surgery import crafted_ffns, new_expert_tensors
-from pesc.storage.files import new_folder, write_json
+from pesc.storage.files import link_or_copy, new_folder, write_json
 from pesc.storage.weights import INDEX, SINGLE, Weights
 
 EXPERTS_SHARD = "model-experts.safetensors"
@@ -56,7 +55,7 @@ def craft_checkpoint(model: str | Path, out: str | Path, pesc_config: PescConfig
     with new_folder(out) as folder:
         shards = {file: DENSE_SHARD if file.name == SINGLE else file.name for file in weights.files}
         for file, name in shards.items():
-            _link(file, folder / name)
+            link_or_copy(file, folder / name)
         for file in ref.folder.iterdir():
             if file.is_file() and _is_companion(file.name):
                 shutil.copyfile(file, folder / file.name)
@@ -83,10 +82,3 @@ def _ffn_dtype(skeleton: Any, weights: Weights) -> torch.dtype:
 def _is_companion(name: str) -> bool:
     """Whether a file belongs to the model beside its weights: tokenizer, chat template, licence, card."""
     return name not in (INDEX, "config.json") and not name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)

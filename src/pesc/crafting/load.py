@@ -183,6 +183,8 @@ class ModelRef:
         if self.settings.lora:
             add_lora(model, LoraConfig(**self.settings.lora))
         load_adapter_weights(model, self.folder)
+        # Other libraries look at the name for this very model: trl, for the reference of a preference loss.
+        model.adapter_base, model.config.name_or_path = self.base.name, self.name
         return fold(model.eval()) if folded else model.eval()
 
     def check_base(self) -> None:

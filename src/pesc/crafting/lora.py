@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from pesc.crafting.surgery import expert_parameters
 
 LORA_NAME = "default"
+_LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
@@ -27,12 +28,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     Raises:
         ValueError: for settings that train more than LoRA, or LoRA on tied embeddings, which cannot be folded.
     """
-    extra = {"modules_to_save": lora.modules_to_save, "trainable_token_indices": lora.trainable_token_indices}
-    problems = [f"{name} must be left out" for name, value in extra.items() if value]
-    if lora.bias != "none":
-        problems.append(f"bias ({lora.bias!r}) must be 'none'")
-    if problems:
-        raise ValueError(f"add_lora: {'; '.join(problems)}: only LoRA, routers and experts train and are saved")
+    refuse_unsavable(lora, LORA_NAME)
     model.add_adapter(lora, adapter_name=LORA_NAME)
     tied = model.config.tie_word_embeddings and isinstance(model.get_input_embeddings(), LoraLayer)
     if tied or isinstance(model.get_output_embeddings(), LoraLayer):
@@ -41,6 +37,30 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
         parameter.data = parameter.data.float()
     train_experts(model)
     return model
+
+
+def refuse_unsavable(lora: PeftConfig, name: str | None) -> None:
+    """Refuse an adapter that an adapter folder cannot hold: it holds LoRA, routers and experts.
+
+    Args:
+        lora: peft's settings.
+        name: peft's name for it; None for "default".
+
+    Raises:
+        ValueError: with all reasons.
+    """
+    problems = [] if name in (None, LORA_NAME) else [f"its name ({name!r}) must be {LORA_NAME!r}"]
+    if isinstance(lora, LoraConfig):
+        others = ("modules_to_save", "trainable_token_indices", "layer_replication")
+        problems += [f"{other} must be left out" for other in others if getattr(lora, other)]
+        if lora.bias != "none":
+            problems.append(f"bias ({lora.bias!r}) must be 'none'")
+        if lora.init_lora_weights not in _LEAVES_THE_BASE:
+            problems.append(f"init_lora_weights ({lora.init_lora_weights!r}) changes the base's weights")
+    else:
+        problems.append(f"{type(lora).__name__} must be a LoraConfig")
+    if problems:
+        raise ValueError(f"the adapter cannot be saved beside experts: {'; '.join(problems)}")
 
 
 def train_experts(model: PreTrainedModel) -> None:

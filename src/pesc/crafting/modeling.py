@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
+from pesc.config import MODEL_TYPE
 from pesc.crafting.backbone import PescBackbone, argument, argument_names, watch_routing
 from pesc.crafting.surgery import add_experts
 from pesc.method.backends import AUTO
 from pesc.method.extend import Extension, extend_class
 from pesc.method.losses import carry_loss
 from pesc.storage.compare import TensorDifferences
+from pesc.storage.files import link_or_copy
+from pesc.storage.weights import SINGLE
 
 _OUTPUTS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
 
@@ -47,6 +52,7 @@ class PescForCausalLM(Extension, PreTrainedModel):
         return {"forward": crafted_forward(dense.forward)}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse_fp8_experts(getattr(config, "quantization_config", None))
         requested = config._experts_implementation
         # The dense family's own modules know no experts, and refuse a config that names a backend for them.
         config._experts_implementation = "eager"
@@ -75,15 +81,37 @@ class PescForCausalLM(Extension, PreTrainedModel):
         loading_differences(info).refuse(f"{args[0] if args else cls.__name__} does not hold this crafted model")
         return (model, info) if output_loading_info else model
 
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """As transformers' own, for LoRA that `save_pretrained` can write; `pesc.add_lora` also lets experts train.
+
+        Raises:
+            ValueError: for every other adapter.
+        """
+        from pesc.crafting.lora import refuse_unsavable
+
+        refuse_unsavable(adapter_config, adapter_name)
+        super().add_adapter(adapter_config, adapter_name)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a standalone folder; while the model carries LoRA, the adapter's files, as `pesc.save_adapter` does."""
         if not getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(save_directory, *args, **kwargs)
         elif kwargs.get("is_main_process", True):
-            from pesc.crafting.adapter import write_adapter
+            from pesc.crafting.adapter import ADAPTER_WEIGHTS, write_adapter
 
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_adapter(self, Path(save_directory))
+            # Trainers resume from a file of this name, and read from it the tensors that it has.
+            link_or_copy(Path(save_directory) / ADAPTER_WEIGHTS, Path(save_directory) / SINGLE)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's; with `strict=False` nothing is missing where LoRA, routers and experts are all there."""
+        from pesc.crafting.lora import adapter_tensors
+
+        loaded = super().load_state_dict(state_dict, *args, **kwargs)
+        if state_dict.keys() == adapter_tensors(self).keys():
+            loaded.missing_keys.clear()
+        return loaded
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -176,3 +204,24 @@ def _take_over_renamings(dense: Any, name: str) -> None:
         renamings = get_checkpoint_conversion_mapping(dense.config_class.model_type)
     if renamings is not None:
         register_checkpoint_conversion_mapping(name, renamings, overwrite=True)
+
+
+def _refuse_fp8_experts(quantization: Any) -> None:
+    # transformers' FP8 loader replaces every module named "experts" by one of its own.
+    if getattr(quantization, "quant_method", None) == "fp8" and not quantization.dequantize:
+        kept = quantization.modules_to_not_convert or []
+        if not any("experts" in name for name in kept):
+            raise ValueError(
+                f"FP8 would replace the experts: modules_to_not_convert ({kept}) must name them; give "
+                'FineGrainedFP8Config(modules_to_not_convert=["lm_head", "experts"])'
+            )
+
+
+def __getattr__(name: str) -> Any:
+    """The class made for a dense one, such as PescLlamaForCausalLM: pickle and peft look for it here by its name."""
+    dense_name = name.removeprefix(PescForCausalLM.prefix)
+    if dense_name == name or dense_name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    family = getattr(transformers, dense_name).config_class.model_type
+    config = CONFIG_MAPPING[MODEL_TYPE].from_dict({"base_model_type": family})
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

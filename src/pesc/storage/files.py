@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -96,3 +97,12 @@ def copy_companions(source: Path, target: Path) -> None:
             write_json(target / file.name, values)
         else:
             shutil.copyfile(file, target / file.name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file another name in place of whatever had it: a hard link, or a copy if the file system cannot link."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

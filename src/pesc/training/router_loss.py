@@ -7,6 +7,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from pesc.crafting.adapter import base_of
 from pesc.crafting.backbone import set_router_loss_scale
 from pesc.crafting.surgery import crafted_ffns
 
@@ -25,13 +26,14 @@ class RouterLossScale(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse arguments that the router's losses would not follow.
+        """Refuse arguments that the router's losses would not follow, and checkpoints that could not be written.
 
         Raises:
             ValueError: for trl's `router_aux_loss_coef`; for several GPUs in one process; for float16 without a
-                `GradScaler`, as DeepSpeed scales losses itself.
+                `GradScaler`, as DeepSpeed scales losses itself; for checkpoints of an adapter whose base has no place.
         """
-        if not crafted_ffns(kwargs["model"]):
+        model = kwargs["model"]
+        if not crafted_ffns(model):
             return
         weight = getattr(args, "router_aux_loss_coef", None)
         if weight is not None:
@@ -46,6 +48,8 @@ class RouterLossScale(TrainerCallback):
             )
         if args.fp16 and _scaler(kwargs["optimizer"]) is None:
             raise ValueError("fp16 must be off: what scales the gradients cannot be read here; use bf16")
+        if args.save_strategy != "no" and getattr(model, "_hf_peft_config_loaded", False):
+            base_of(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the scale of each micro-batch of the step."""
