@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config,
 from families import FAMILIES, UNTRIED, disturb, tiny_model, tokens
 from pesc import PescConfig, craft, craft_checkpoint
 from pesc.crafting import modeling
+from pesc.crafting.adapter import save_adapter
 from pesc.crafting.info import describe
-from pesc.crafting.lora import adapter_tensors, add_lora
+from pesc.crafting.load import load
+from pesc.crafting.lora import adapter_tensors, add_lora, fold
 from pesc.crafting.surgery import crafted_ffns, expert_parameters
 
 SMALL = {"num_experts": 4, "adapter_dim": 8}
@@ -242,6 +244,16 @@ def test_adapters_that_could_not_be_saved_are_refused_at_once(adapter, name: str
     model = crafted_model()
     with pytest.raises(ValueError, match=message):
         model.add_adapter(adapter, name)
+
+
+def test_a_folded_model_is_not_its_old_base(tmp_path: Path) -> None:
+    crafted_model().save_pretrained(tmp_path / "crafted")
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = add_lora(load(tmp_path / "crafted"), lora)
+    save_adapter(model, tmp_path / "adapter")
+    for tuned in (model, load(tmp_path / "adapter")):
+        with pytest.raises(ValueError, match="was not loaded from anywhere: save its base"):
+            save_adapter(add_lora(fold(tuned), lora), tmp_path / "next")
 
 
 def test_a_state_dict_of_the_adapter_is_complete() -> None:

@@ -60,7 +60,7 @@ def refuse_unsavable(lora: PeftConfig, name: str | None) -> None:
     else:
         problems.append(f"{type(lora).__name__} must be a LoraConfig")
     if problems:
-        raise ValueError(f"the adapter cannot be saved beside experts: {'; '.join(problems)}")
+        raise ValueError(f"no adapter folder can hold this adapter: {'; '.join(problems)}")
 
 
 def train_experts(model: PreTrainedModel) -> None:
@@ -104,4 +104,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
         del model.peft_config
+        # The folded model is the base of whatever is tuned next, and it is saved nowhere yet.
+        vars(model).pop("adapter_base", None)
+        model.config.name_or_path = ""
     return model
