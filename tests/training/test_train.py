@@ -86,7 +86,6 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
     assert describe(adapter).untouched == []
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "adapter",
-        "checkpoints",
         "metrics.jsonl",
         "recipe.yaml",
         "summary.json",
@@ -224,7 +223,7 @@ def test_an_interruption_while_a_checkpoint_is_written_resumes(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PescTrainer, "_save_optimizer_and_scheduler", interrupted)
         train(make_recipe(tmp_path), console)
-    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "adapter").is_dir()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     train(make_recipe(tmp_path), console)
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
@@ -238,13 +237,6 @@ def test_a_crafted_base_with_another_method_is_refused(tmp_path: Path, console: 
         train(make_recipe(tmp_path, name=str(tmp_path / "crafted"), pesc=other, folder=tmp_path / "new"), console)
     assert not (tmp_path / "new").exists()
     assert recipe.pesc == PESC
-
-
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, console: Console) -> None:
-    recipe = make_recipe(tmp_path)
-    train(recipe, console)
-    (recipe.output.folder / "checkpoints" / "checkpoint-99").mkdir()
-    assert training.last_checkpoint(recipe.output.folder) == recipe.output.folder / "checkpoints" / "checkpoint-6"
 
 
 def test_a_complete_run_is_left_alone_and_another_recipe_refused(tmp_path: Path, console: Console) -> None:
