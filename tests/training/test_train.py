@@ -205,7 +205,7 @@ def test_an_interruption_after_the_last_step_adds_no_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_adapter", interrupted)
+        patch.setattr(training, "write_json", interrupted)
         train(make_recipe(tmp_path), console)
     resumed = train(make_recipe(tmp_path), console)
     one, other = load_file(whole / "adapter.safetensors"), load_file(resumed / "adapter.safetensors")

@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.console import Console
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pesc.crafting.adapter import ADAPTER, load_adapter_weights, save_adapter
 from pesc.storage.files import file_sha256, new_folder, read_json, write_json
 
 DIGESTS = "sha256.json"
+_PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 
 
 class AdapterCheckpoints(Trainer):
@@ -23,7 +25,7 @@ class AdapterCheckpoints(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As the parent class, in a folder that gets its name when it is complete; then removes the oldest ones."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_folder(folder) as partial:
             self._stage = partial.parent
             super()._save_checkpoint(model, trial)
@@ -64,7 +66,7 @@ def last_checkpoint(folder: Path, console: Console) -> Path | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    steps = {path: path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")}
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -11,9 +12,10 @@ from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
-from pesc.crafting.adapter import ADAPTER, load_adapter_weights, save_adapter
+from pesc.crafting.adapter import ADAPTER
 from pesc.crafting.craft import craft
 from pesc.crafting.load import RECIPE, locate
 from pesc.crafting.lora import add_lora, train_experts
@@ -62,7 +64,9 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     else:
         with locked(run):
             _train(recipe, console, label)
-    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    # Needed no more; also what a killed process left of them. The folder may be read-only.
+    with suppress(OSError), locked(run):
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
     return run / ADAPTER
 
 
@@ -80,12 +84,11 @@ def _train(recipe: Recipe, console: Console, label: str) -> None:
         trainer = _build_trainer(recipe, model, tokenizer, examples, writer)
         try:
             with measure_peak_memory() as peak:
-                _train_or_resume(trainer, run, console)
+                last = _train_or_resume(trainer, run / CHECKPOINTS, console)
         finally:
             writer.stop()
-    summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
-    write_json(run / SUMMARY, summary)
-    save_adapter(trainer.model, run / ADAPTER)
+    write_json(run / SUMMARY, {**writer.summary(), "peak_memory_gb": peak.gigabytes})
+    (last / ADAPTER).rename(run / ADAPTER)
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
@@ -132,20 +135,21 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def _train_or_resume(trainer: PescTrainer, run: Path, console: Console) -> None:
-    checkpoint = last_checkpoint(run / CHECKPOINTS, console)
+def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) -> Path:
+    """The checkpoint of the last step."""
+    checkpoint = last_checkpoint(checkpoints, console)
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step >= state.max_steps:
-            load_adapter_weights(trainer.model, checkpoint / ADAPTER)
-            return
+            return checkpoint
     with StopAtSignal() as stop:
         trainer.add_callback(stop)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    state = trainer.state
     if stop.received is not None:
-        state = trainer.state
         message = f"stopped after step {state.global_step} of {state.max_steps}: the same command goes on from there"
         raise Stopped(message, stop.received)
+    return checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _encoded_examples(
