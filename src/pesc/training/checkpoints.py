@@ -53,12 +53,13 @@ def last_checkpoint(folder: Path, console: Console) -> Path | None:
     for checkpoint in reversed(_checkpoints(folder)):
         try:
             written, found = read_json(checkpoint / DIGESTS), _digests(checkpoint)
-            damaged = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
-            if not damaged:
-                return checkpoint
-            fault = f"{', '.join(damaged)} are not as they were written"
         except (OSError, ValueError) as error:
             fault = str(error)
+        else:
+            damaged = sorted(name for name in written | found if written.get(name) != found.get(name))
+            if not damaged:
+                return checkpoint
+            fault = f"not as it was written: {', '.join(damaged)}"
         console.print(f"removed a damaged checkpoint, {checkpoint}: {fault}", highlight=False, markup=False)
         shutil.rmtree(checkpoint)
     return None
