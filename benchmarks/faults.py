@@ -23,7 +23,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from faults.verbs import Verb, make_verbs  # noqa: E402 (the tests' helpers are no package)
+from verbs import Verb, make_verbs  # noqa: E402 (the tests' helpers are no package)
 
 Make = Callable[[str], Verb]
 DISKS, WRONG = 10, "WRONG"

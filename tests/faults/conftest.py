@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.verbs import Verb, make_verbs
+from verbs import Verb, make_verbs
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "camelidae-8x"
 Makers = dict[str, Callable[[str], Verb]]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from faults.verbs import Disturbance, Verb
 from pesc.training.checkpoints import last_checkpoint
+from verbs import Disturbance, Verb
 
 pytestmark = pytest.mark.slow
 Makers = dict[str, Callable[[str], Verb]]

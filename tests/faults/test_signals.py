@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.verbs import STEPS, Verb
+from verbs import STEPS, Verb
 
 Makers = dict[str, Callable[[str], Verb]]
 
