@@ -121,3 +121,34 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_all_verbs_are_tested() -> None:
     assert {name for name in app if not name.startswith("-")} == set(VERBS)
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    folder = tmp_path / "[bold]a[" / "x]"
+    dense, rows = str(tiny_dense(folder / "dense")), write_rows(folder / "rows.jsonl")
+
+    def shown(*arguments: str) -> str:
+        assert main([*arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "[bold]a[/x]/crafted" in shown("craft", dense, str(folder / "crafted"), "--num-experts", "4")
+    assert "[bold]a[/x]/dense" in shown("info", dense)
+    assert "[bold]a[/x]/crafted" in shown("verify", str(folder / "crafted"))
+    assert "[bold]a[/x]/out" in shown("export", str(folder / "crafted"), str(folder / "out"), "--format", "sparsetral")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        json.dumps(
+            {
+                "model": {"name": dense},
+                "lora": {"r": 4},
+                "data": {"train": str(rows), "max_length": 128},
+                "training": {"steps": 1},
+                "output": {"folder": str(folder / "run")},
+            }
+        )
+    )
+    assert f"pesc info {folder / 'run'}" in shown("train", str(recipe))
+    assert f"{folder / 'run'} holds this run, complete" in shown("train", str(recipe))

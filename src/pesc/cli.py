@@ -92,7 +92,7 @@ def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=
 
     loaded, console = load_recipe(recipe, changes), _console()
     folder = run(loaded, console).parent
-    console.print(f"Next:   pesc chat {folder}\n        pesc info {folder}", highlight=False)
+    console.print(f"Next:   pesc chat {folder}\n        pesc info {folder}", highlight=False, markup=False)
 
 
 @app.command
@@ -183,7 +183,7 @@ def export(model: str, out: Path, *, format: str = "pesc") -> None:
 
     with quiet_libraries():
         written = write(model, out, format)
-    _console().print(f"wrote {written}", highlight=False)
+    _console().print(f"wrote {written}", highlight=False, markup=False)
 
 
 @app.command
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        Exit code: 0 for success; 1 for wrong input; 2 for a wrong command line; 130 after Ctrl-C.
+        Exit code: 0 for success; 1 for wrong input; 2 for a wrong command line; 130 after Ctrl-C, 143 after SIGTERM.
     """
     # Its import prints a notice about optional kernels, above every command's output.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -282,9 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
         result = app(arguments, exit_on_error=False, result_action="return_value")
     except CycloptsError:
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "\ninterrupted", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except (ValueError, OSError) as error:
         print(f"pesc: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from definition import assert_same, gradients, step_gradients
 from pesc import PescConfig, craft_checkpoint, load, train
 from pesc.crafting.info import describe
 from pesc.crafting.lora import adapter_tensors
+from pesc.training.checkpoints import last_checkpoint
 from pesc.training.recipe import (
     DataSettings,
     LoraSettings,
@@ -86,7 +89,6 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
     assert describe(adapter).untouched == []
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "adapter",
-        "checkpoints",
         "metrics.jsonl",
         "recipe.yaml",
         "summary.json",
@@ -206,7 +208,7 @@ def test_an_interruption_after_the_last_step_adds_no_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "save_adapter", interrupted)
+        patch.setattr(training, "write_json", interrupted)
         train(make_recipe(tmp_path), console)
     resumed = train(make_recipe(tmp_path), console)
     one, other = load_file(whole / "adapter.safetensors"), load_file(resumed / "adapter.safetensors")
@@ -224,7 +226,7 @@ def test_an_interruption_while_a_checkpoint_is_written_resumes(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PescTrainer, "_save_optimizer_and_scheduler", interrupted)
         train(make_recipe(tmp_path), console)
-    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "adapter").is_dir()
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     train(make_recipe(tmp_path), console)
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
@@ -240,11 +242,44 @@ def test_a_crafted_base_with_another_method_is_refused(tmp_path: Path, console: 
     assert recipe.pesc == PESC
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, console: Console) -> None:
-    recipe = make_recipe(tmp_path)
-    train(recipe, console)
-    (recipe.output.folder / "checkpoints" / "checkpoint-99").mkdir()
-    assert training.last_checkpoint(recipe.output.folder) == recipe.output.folder / "checkpoints" / "checkpoint-6"
+@pytest.mark.parametrize("file", ["trainer_state.json", "optimizer.pt", "rng_state.pth", "adapter/adapter.safetensors"])
+@pytest.mark.parametrize("how", ["truncated", "absent", "other bytes"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, file: str, how: str
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _interrupt_after(patch, 5)
+        train(make_recipe(tmp_path), console)
+    damaged = tmp_path / "run" / "checkpoints" / "checkpoint-4" / file
+    content = damaged.read_bytes()
+    damaged.unlink()
+    if how != "absent":
+        damaged.write_bytes(content[:-20] if how == "truncated" else content[:-20] + bytes(20))
+    found = last_checkpoint(tmp_path / "run" / "checkpoints", console)
+    assert found == tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-4").exists()
+    said = console.file.getvalue().replace("\n", "").split("removed a damaged checkpoint, ")[1]
+    assert said.endswith(f"checkpoint-4: not as it was written: {file}")
+
+
+def test_the_newest_checkpoints_are_kept_when_the_clock_goes_backwards(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, now = PescTrainer._save_checkpoint, iter(range(2_000_000_000, 0, -1_000_000))
+
+    def save(self: Any, *args: Any) -> None:
+        plain(self, *args)
+        stamp = next(now)
+        os.utime(tmp_path / "run" / "checkpoints" / f"checkpoint-{self.state.global_step}", (stamp, stamp))
+
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PescTrainer, "_save_checkpoint", save)
+        _interrupt_after(patch, 5)
+        train(make_recipe(tmp_path, save_steps=1), console)
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-5"}
+    train(make_recipe(tmp_path), console)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["seconds"] > 0
 
 
 def test_a_complete_run_is_left_alone_and_another_recipe_refused(tmp_path: Path, console: Console) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -24,6 +23,7 @@ from pesc.machine.allocator import keep_freed_memory, release_freed_memory
 from pesc.machine.description import describe_machine
 from pesc.machine.progress import Progress
 from pesc.machine.quiet import quiet_libraries
+from pesc.storage.files import write_json
 
 
 @dataclass
@@ -89,8 +89,7 @@ def run_bench(config: BenchConfig, console: Console, output: Path | None = None)
         results["workloads"][name] = {variant: asdict(row) for variant, row in table.items()}
         _show(name, table, config, console)
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(output, results)
         del pair
         gc.collect()
         release_freed_memory()  # in pieces that the next, other shapes would not fit

@@ -58,7 +58,7 @@ def embedded_folder(cache: Path | None = None) -> Path:
     gguf = _verified_gguf()
     _log.info("converting %s to %s (once)", gguf.name, target)
     try:
-        with new_folder(target) as folder:
+        with new_folder(target, wait=True) as folder:
             _save_model(gguf, folder)
             _save_tokenizer(gguf, folder)
             (folder / "README.md").write_text(_CARD, encoding="utf-8")

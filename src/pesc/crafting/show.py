@@ -11,9 +11,10 @@ from pesc.crafting.info import ModelInfo
 def show_info(info: ModelInfo, console: Console) -> None:
     """Print what `describe` found."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
     for key, value in _rows(info):
-        table.add_row(f"[bold]{key}[/bold]", value)
-    console.print(table, highlight=False)
+        table.add_row(key, value)
+    console.print(table, highlight=False, markup=False)
 
 
 def _rows(info: ModelInfo) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from pesc.report import findings
 from pesc.report.page import PAGE
 from pesc.report.results import Results, Source
 from pesc.storage.files import write_json
+from pesc.storage.lock import locked
 from pesc.study.study import Study, StudyArm, run_study
 from pesc.training.recipe import DataSettings, LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
 
@@ -82,7 +83,9 @@ class Stages:
 
     @contextmanager
     def __call__(self, title: str) -> Iterator[None]:
-        self.console.print(f"[bold]{len(self.seconds) + 1}/{self.total}  {title}[/bold]", highlight=False)
+        self.console.print(
+            f"{len(self.seconds) + 1}/{self.total}  {title}", style="bold", highlight=False, markup=False
+        )
         start = time.perf_counter()
         with measure_peak_memory() as peak:
             yield
@@ -103,9 +106,14 @@ def run_demo(output: Path, console: Console, seeds: list[int] | None = None) -> 
         The report's path.
 
     Raises:
+        BlockingIOError: another process works in the folder.
         FileNotFoundError: a package of `make setup` is missing; the message has the command that installs it.
     """
-    seeds = seeds or [0]
+    with locked(output):
+        return _run_demo(output, console, seeds or [0])
+
+
+def _run_demo(output: Path, console: Console, seeds: list[int]) -> Path:
     stages = Stages(console, total=3 + 3 * len(seeds))
     with stages(f"The dense model: {EMBEDDED}"), quiet_libraries():
         locate(EMBEDDED)
@@ -118,7 +126,9 @@ def run_demo(output: Path, console: Console, seeds: list[int] | None = None) -> 
     write_json(output / "stages.json", {"seconds": stages.seconds, "peak_memory_gb": stages.gigabytes})
     show(results, console)
     report = output / PAGE
-    console.print(f"\nReport: {report}\nNext:   pesc chat {output}\n        pesc info {output}", highlight=False)
+    console.print(
+        f"\nReport: {report}\nNext:   pesc chat {output}\n        pesc info {output}", highlight=False, markup=False
+    )
     return report
 
 
@@ -131,11 +141,11 @@ def show(results: Results, console: Console) -> None:
     for arm in results.arms:
         losses = [findings.over_seeds(results.losses(arm, domain)) for domain in results.domains]
         table.add_row(arm.name, *losses, *(findings.count(size) for size in dataclasses.astuple(arm.parameters)))
-    console.print(table)
+    console.print(table, markup=False)
     comparisons = findings.compare(results, results.others[0])
-    console.print(findings.verdict(comparisons), highlight=False)
+    console.print(findings.verdict(comparisons), highlight=False, markup=False)
     for case in comparisons:
-        console.print(f"  {case.domain}: {case.sentence}", highlight=False)
+        console.print(f"  {case.domain}: {case.sentence}", highlight=False, markup=False)
     if comparisons[0].estimate.num_seeds == 1:
         console.print(findings.ONE_SEED, highlight=False)
 

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from pesc.demo import chat_examples, code_examples, math_examples
+from pesc.storage.files import write_text
 from pesc.storage.hub import cache_folder
 
 DOMAINS = ("chat", "code", "math")
@@ -131,6 +132,5 @@ def _example(domain: str, prompt: str, answer: str) -> Conversation:
 
 
 def _write(path: Path, examples: list[Conversation]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8")
+    write_text(path, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
     return path

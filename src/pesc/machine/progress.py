@@ -89,10 +89,10 @@ class Progress:
 
 def _bar(console: Console, transient: bool) -> rich_progress.Progress:
     return rich_progress.Progress(
-        rich_progress.TextColumn("{task.description}"),
+        rich_progress.TextColumn("{task.description}", markup=False),
         rich_progress.BarColumn(bar_width=24),
         rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn("{task.fields[status]}"),
+        rich_progress.TextColumn("{task.fields[status]}", markup=False),
         rich_progress.TimeRemainingColumn(compact=True),
         rich_progress.TextColumn("left"),
         console=console,

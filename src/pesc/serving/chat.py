@@ -145,4 +145,4 @@ def converse(chat: Chat) -> None:
             try:
                 chat.answer(text)
             except ValueError as error:
-                chat.console.print(str(error), style="red", highlight=False)
+                chat.console.print(str(error), style="red", highlight=False, markup=False)

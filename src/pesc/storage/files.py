@@ -8,11 +8,16 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from pesc.storage.lock import locked
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _COMPANIONS = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|chat_template|generation_config|tokenizer_config)\.json"
@@ -39,9 +44,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Any, *, sort_keys: bool = False) -> None:
-    """Write JSON, indented, with a final newline."""
-    text = json.dumps(values, indent=2, sort_keys=sort_keys, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write JSON, indented, with a final newline; see `write_text`."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that holds its old text until it holds all of the new one; errors as of `new_folder`."""
+    with _staged(path, replace=True) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:
@@ -51,39 +61,89 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` only when the block succeeds.
+def new_folder(out: Path, *, wait: bool = False) -> Iterator[Path]:
+    """A folder to fill that becomes `out`, synced to the disk, only when the block succeeds.
+
+    Until then it lies in `.NAME.partial` beside `out`. What a killed process left there is removed.
+
+    Args:
+        out: must not exist yet.
+        wait: wait for another process that writes `out`.
 
     Raises:
         FileExistsError: `out` is there already.
-        OSError: the disk is full; what was written is removed.
+        BlockingIOError: another process writes `out`.
+        OSError: the disk is full or the place is gone; what was written is removed.
     """
-    with _staged(out) as partial:
+    with _staged(out, wait=wait) as partial:
         partial.mkdir()
         yield partial
 
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A file to write that becomes `out` only when the block succeeds; errors as of `new_folder`."""
+    """A file to write that becomes `out` only when the block succeeds; otherwise as `new_folder`."""
     with _staged(out) as partial:
         yield partial
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: choose another name, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as stage:
+def _staged(out: Path, *, replace: bool = False, wait: bool = False) -> Iterator[Path]:
+    out = out.absolute()
+    stage = out.with_name(f".{out.name}.partial")
+    partial = stage / out.name
+    with locked(stage, out, wait=wait):
+        if out.exists() and not replace:
+            raise FileExistsError(f"{out} exists already: choose another name, or remove it first")
+        _remove(partial)
         try:
-            yield Path(stage) / out.name
-            (Path(stage) / out.name).replace(out)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                message = f"the disk is full: {out} was not written; free some space"
-                raise OSError(errno.ENOSPC, message, str(out)) from error
-            raise
+            yield partial
+            _sync([*partial.rglob("*"), partial])
+            partial.replace(out)
+            _sync([out.parent])
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if (number := _errno_behind(error, stage)) is None:
+                raise
+            way_out = ": free some space" if number in _FULL else ""
+            raise OSError(number, f"{out} was not written, {os.strerror(number)}{way_out}") from error
+        finally:
+            _remove(partial)
+
+
+def _errno_behind(error: Exception, stage: Path) -> int | None:
+    """The system's error behind one that does not say where it happened, or nothing of the system's at all."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _FULL else None
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    # torch.save raises a RuntimeError of its own for every failed write: a write of ours tells why.
+    try:
+        (stage / "probe").write_bytes(bytes(1 << 20))
+    except OSError as ours:
+        return ours.errno
+    finally:
+        _remove(stage / "probe")
+    return None
+
+
+def _sync(paths: list[Path]) -> None:
+    """Wait until files and folders are on the disk; a power cut could else leave a name without its content."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if that is possible."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def copy_companions(source: Path, target: Path) -> None:

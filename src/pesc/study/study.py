@@ -40,7 +40,7 @@ from pesc.report.results import (
     parse,
     to_json,
 )
-from pesc.storage.files import file_sha256, new_file
+from pesc.storage.files import file_sha256, write_text
 from pesc.storage.weights import weights_hash
 from pesc.training.recipe import Recipe
 from pesc.training.train import SUMMARY, train
@@ -146,7 +146,6 @@ def run_study(study: Study, console: Console, stage: Stage) -> Results:
             " keep nothing of their answers"
         )
     output = study.output or study.folder
-    output.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Run]] = {}
     for arm, seed in study.runs():
         with stage(arm.title + (f", seed {seed}" if seed is not None and len(study.seeds) > 1 else "")):
@@ -156,7 +155,7 @@ def run_study(study: Study, console: Console, stage: Stage) -> Results:
             folder = os.path.relpath(study.folder_of(arm, seed), output)
             runs.setdefault(arm.name, []).append(dataclasses.replace(run, folder=folder))
             results = _results(study, runs)
-            (output / RESULTS).write_text(to_json(results), encoding="utf-8")
+            write_text(output / RESULTS, to_json(results))
         if seed is not None and arm is study.arms[-1]:
             with stage("Report"):
                 write_report(output)
@@ -180,9 +179,7 @@ def measure(study: Study, arm: StudyArm, seed: int | None, console: Console) -> 
     answers = generate_answers(model, ref.tokenizer(), prompts, max_new_tokens=study.answer_tokens) if prompts else []
     training = parse(Training, summary.read_bytes(), str(summary)) if arm.recipe else None
     run = Run(key, seed, ".", parameters, nll, answers, experts, training)
-    path.unlink(missing_ok=True)
-    with new_file(path) as partial:
-        partial.write_text(to_json(run), encoding="utf-8")
+    write_text(path, to_json(run))
     return run
 
 
@@ -190,7 +187,7 @@ def _measured(path: Path, console: Console) -> Run | None:
     try:
         return parse(Run, path.read_bytes(), str(path)) if path.is_file() else None
     except ValueError as error:
-        console.print(f"  {error}; measuring again", highlight=False)
+        console.print(f"  {error}; measuring again", highlight=False, markup=False)
         return None
 
 

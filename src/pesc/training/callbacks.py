@@ -1,8 +1,11 @@
-"""What a run shows and writes while it trains: its progress, and metrics.jsonl."""
+"""What happens beside training: progress, metrics.jsonl, and the stop at a signal."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +15,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pesc.machine.progress import Progress
+from pesc.storage.files import write_text
 
 METRICS = "metrics.jsonl"
 _NOTHING_YET = {"step": 0, "tokens": 0, "elapsed": 0.0}
@@ -37,7 +41,7 @@ class MetricsWriter(TrainerCallback):
     ) -> None:
         """Start to show progress; drop lines of steps after the checkpoint that the run resumes from."""
         kept = [line for line in self._lines() if line["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.last = [_NOTHING_YET, *kept][-1]
         self.before, self.tokens_before = self.last["elapsed"], self.last["tokens"]
         self.start = self.step_start = time.perf_counter()
@@ -59,6 +63,9 @@ class MetricsWriter(TrainerCallback):
         line = self._line(state.global_step, logs)
         with self.path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            if control.should_save:  # a checkpoint must not outlive the lines up to its step
+                os.fsync(stream.fileno())
         self.last = line
         status = f"loss {line['loss']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
         if "load_entropy" in line:
@@ -96,3 +103,48 @@ class MetricsWriter(TrainerCallback):
             with suppress(json.JSONDecodeError):  # an interruption may have cut the last line
                 lines.append(json.loads(text))
         return lines
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended a run; its checkpoint holds all that was done.
+
+    Args:
+        message: a line for the user.
+        signal: what was received.
+    """
+
+    def __init__(self, message: str, signal: signal.Signals) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+        """What a shell shows for a process that the signal ended."""
+
+
+class StopAtSignal(TrainerCallback):
+    """In a `with` block, makes Ctrl-C and SIGTERM end training after the step in progress, with a checkpoint.
+
+    A second signal acts as if nothing were here. Only the main thread can be interrupted, so in another one signals are
+    left alone.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopAtSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end, if a signal has come."""
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()
+        os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")  # print could meet a print in progress

@@ -12,6 +12,7 @@ import yaml
 
 from pesc.config import PescConfig
 from pesc.rules import Settings, above, at_least, below
+from pesc.storage.files import write_text
 
 Scheduler = Literal[
     "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
@@ -113,7 +114,7 @@ class Recipe(Settings):
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

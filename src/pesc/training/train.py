@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -11,9 +12,10 @@ from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
-from pesc.crafting.adapter import ADAPTER, load_adapter_weights, save_adapter
+from pesc.crafting.adapter import ADAPTER
 from pesc.crafting.craft import craft
 from pesc.crafting.load import RECIPE, locate
 from pesc.crafting.lora import add_lora, train_experts
@@ -23,8 +25,10 @@ from pesc.data.formats import read_examples
 from pesc.machine.allocator import keep_freed_memory
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
-from pesc.storage.files import file_sha256, write_json
-from pesc.training.callbacks import METRICS, MetricsWriter
+from pesc.storage.files import file_sha256, write_json, write_text
+from pesc.storage.lock import locked
+from pesc.training.callbacks import METRICS, MetricsWriter, StopAtSignal, Stopped
+from pesc.training.checkpoints import last_checkpoint
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
 
@@ -46,38 +50,45 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         The adapter's folder. A run that is complete already is left as it is.
 
     Raises:
+        BlockingIOError: another process trains in the output folder.
         FileNotFoundError, ValueError: for a model or data that is not there or not complete, and for an output folder
             that holds a run of another recipe or other data.
+        Stopped: Ctrl-C or SIGTERM came while it trained; the same run goes on from the step that was in progress.
     """
     console = console or Console()
     run = recipe.output.folder
     _refuse_another_recipe(recipe)
     _refuse_other_data(recipe)
     if (run / ADAPTER).exists():
-        console.print(f"{run} holds this run, complete: nothing to do")
-        return run / ADAPTER
+        console.print(f"{run} holds this run, complete: nothing to do", highlight=False, markup=False)
+    else:
+        with locked(run):
+            _train(recipe, console, label)
+    # Needed no more; also what a killed process left of them. The folder may be read-only.
+    with suppress(OSError), locked(run):
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    return run / ADAPTER
+
+
+def _train(recipe: Recipe, console: Console, label: str) -> None:
+    run = recipe.output.folder
     keep_freed_memory()
     tokenizer = locate(recipe.model.name).tokenizer()
     examples = _encoded_examples(recipe, tokenizer, console)
     with quiet_libraries():
         model = build_model(recipe)
-    run.mkdir(parents=True, exist_ok=True)
     recipe.save(run / RECIPE)
-    (run / DATA_DIGEST).write_text(file_sha256(recipe.data.train) + "\n")
+    write_text(run / DATA_DIGEST, file_sha256(recipe.data.train) + "\n")
     writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
         trainer = _build_trainer(recipe, model, tokenizer, examples, writer)
         try:
             with measure_peak_memory() as peak:
-                _train_or_resume(trainer, run)
-        except KeyboardInterrupt:
-            console.print("stopped; the same command goes on from the last checkpoint")
-            raise
+                last = _train_or_resume(trainer, run / CHECKPOINTS, console)
         finally:
             writer.stop()
-    summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
-    write_json(run / SUMMARY, summary)
-    return save_adapter(trainer.model, run / ADAPTER)
+    write_json(run / SUMMARY, {**writer.summary(), "peak_memory_gb": peak.gigabytes})
+    (last / ADAPTER).rename(run / ADAPTER)
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
@@ -124,23 +135,21 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def _train_or_resume(trainer: PescTrainer, run: Path) -> None:
-    checkpoint = last_checkpoint(run)
+def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) -> Path:
+    """The checkpoint of the last step."""
+    checkpoint = last_checkpoint(checkpoints, console)
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step >= state.max_steps:
-            load_adapter_weights(trainer.model, checkpoint / ADAPTER)
-            return
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint in a run's folder, or None; removes those that are not complete."""
-    for folder in (run / CHECKPOINTS).glob("checkpoint-*"):
-        if not (folder / TRAINER_STATE_NAME).is_file():  # the trainer writes it last
-            shutil.rmtree(folder)
-    found = (run / CHECKPOINTS).glob("checkpoint-*")
-    return max(found, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
+            return checkpoint
+    with StopAtSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    state = trainer.state
+    if stop.received is not None:
+        message = f"stopped after step {state.global_step} of {state.max_steps}: the same command goes on from there"
+        raise Stopped(message, stop.received)
+    return checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _encoded_examples(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
-from pesc.crafting.adapter import ADAPTER, load_adapter_weights, save_adapter
 from pesc.crafting.backbone import watch_routing
 from pesc.data.chat import IGNORE_INDEX
 from pesc.machine.allocator import release_where_scarce
 from pesc.method.routing import Routing, load_entropy
+from pesc.training.checkpoints import AdapterCheckpoints
 from pesc.training.loss import summed_loss
 from pesc.training.sampler import LengthGroupedSampler
 
@@ -34,19 +33,6 @@ class RoutingMetrics(Trainer):
         values = torch.tensor([[routing.aux_loss.item(), load_entropy(routing.counts())]], device=self.args.device)
         for name, value in zip(("aux_loss", "load_entropy"), self.accelerator.gather(values).mean(dim=0), strict=True):
             self._metrics["train"][name].append(value.item())
-
-
-class AdapterCheckpoints(Trainer):
-    """Checkpoints hold the adapter folder: neither the base, nor anything pickled of the model."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_adapter(self.model, Path(output_dir or self.args.output_dir) / ADAPTER)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None for checkpoints: trl's would describe another kind of folder."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter_weights(model or self.model, Path(resume_from_checkpoint) / ADAPTER)
 
 
 class LabelledPositions(Trainer):
