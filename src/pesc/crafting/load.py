@@ -70,7 +70,7 @@ class ModelRef:
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{self.folder} needs its base {base} (sha256 {self.settings.base_sha256[:12]}…), which is not there: "
-                f"{error}; if it moved, name its new place: pesc.load(…, base=…)"
+                f"{error}; if it moved, name its new place with --base, or pesc.load(…, base=…)"
             ) from error
 
     @cached_property

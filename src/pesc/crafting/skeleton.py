@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
@@ -39,25 +39,36 @@ def tied_names(skeleton: Any) -> set[str]:
 def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
     """The name in the model of each tensor of a checkpoint: another one if transformers renames it."""
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    found = {}
+    found, known = {}, model.state_dict().keys()
     for name in names:
-        found[name] = name
+        renamed = name
         for rule in renamings:
-            found[name], _ = rule.rename_source_key(found[name])
+            renamed, _ = rule.rename_source_key(renamed)
+        # A file that was saved from the backbone alone does not know the backbone's name.
+        prefixed = f"{model.base_model_prefix}.{renamed}"
+        found[name] = prefixed if prefixed in known else renamed
     return found
 
 
+def shapes_in_files(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by its name in a checkpoint; experts that a model stacks lie apart there."""
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def differences_from(skeleton: Any, weights: Weights, *, new: Iterable[str] = ()) -> TensorDifferences:
-    """How the tensors of files differ from those of a model, by their names in the model.
+    """How the tensors of files differ from those of a model, by their names in the files.
 
     Args:
         skeleton: the model.
         weights: the files.
-        new: names that the files need not hold.
+        new: names in the model that the files need not hold.
     """
-    in_model = names_in_model(skeleton, weights.tensors)
-    found = {in_model[name]: shape for name, shape in weights.shapes.items()}
-    optional = tied_names(skeleton) | set(new)
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    expected = {name: shape for name, shape in shapes.items() if name in found or name not in optional}
-    return compare_tensors(expected, found)
+    promised = shapes_in_files(skeleton)
+    in_model = names_in_model(skeleton, weights.tensors | promised)
+    in_files = {in_model[name]: name for name in weights.tensors}
+    optional = (tied_names(skeleton) | set(new)) - in_files.keys()
+    expected = {
+        in_files.get(in_model[name], name): shape for name, shape in promised.items() if in_model[name] not in optional
+    }
+    return compare_tensors(expected, weights.shapes)
