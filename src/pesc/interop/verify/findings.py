@@ -37,6 +37,13 @@ class Report:
         """The verdict: everything that is promised is there and sound."""
         return not any(finding.severity == "error" for finding in self.findings)
 
+    def refuse(self) -> None:
+        """Raise ValueError in one line if the model is not complete."""
+        errors = [finding.message for finding in self.findings if finding.severity == "error"]
+        if errors:
+            more = f" (and {len(errors) - 3} more: pesc verify {self.path})" if len(errors) > 3 else ""
+            raise ValueError(f"{self.path} is not complete: {'; '.join(errors[:3])}{more}")
+
     def add(self, severity: Severity, message: str) -> None:
         """Add a finding."""
         self.findings.append(Finding(severity, message))
