@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pesc.config import PescConfig
 from pesc.crafting.lora import LORA_NAME, adapter_tensors
+from pesc.crafting.skeleton import refuse_absurd_numbers
 from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns
 from pesc.storage.compare import compare_tensors
@@ -50,6 +51,7 @@ class AdapterSettings:
             ValueError: the file lacks a setting, or one breaks its rule.
         """
         path, values = folder / ADAPTER_JSON, read_json(folder / ADAPTER_JSON)
+        refuse_absurd_numbers(values, path)
         kinds = {"base_model": str, "base_sha256": str, "pesc": dict | None, "lora": dict | None}
         if missing := [key for key in kinds if key not in values]:
             raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged")

@@ -19,7 +19,7 @@ from pesc.crafting.configuration import crafted_config
 from pesc.crafting.craft import craft
 from pesc.crafting.lora import adapter_tensors, add_lora, fold
 from pesc.crafting.modeling import loading_differences
-from pesc.crafting.skeleton import BAD_CONFIG, differences_from, skeleton_of
+from pesc.crafting.skeleton import BAD_CONFIG, differences_from, refuse_absurd_numbers, skeleton_of
 from pesc.crafting.sources import resolve
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.files import read_json
@@ -253,7 +253,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
     folder = resolve(path, pickled=pickled)
-    crafted = read_json(folder / "config.json").get("model_type") == MODEL_TYPE
+    values = read_json(folder / "config.json")
+    refuse_absurd_numbers(values, folder / "config.json")
+    crafted = values.get("model_type") == MODEL_TYPE
     return ModelRef(str(path), folder, "crafted" if crafted else "dense")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,3 +74,29 @@ def differences_from(skeleton: Any, weights: Weights, *, new: Iterable[str] = ()
         in_files.get(in_model[name], name): shape for name, shape in promised.items() if in_model[name] not in optional
     }
     return compare_tensors(expected, weights.shapes)
+
+
+def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:
+    """Refuse settings with which a model computes NaN, or nothing: NaN, infinity, an epsilon that is not small.
+
+    Args:
+        values: the settings, nested as in JSON.
+        file: where they stand, named in the error.
+
+    Raises:
+        ValueError: naming the first such setting.
+    """
+    places = [*values.items()]
+    while places:
+        key, value = places.pop()
+        if isinstance(value, dict):
+            places += value.items()
+        elif isinstance(value, list):
+            places += [(key, part) for part in value]
+        # State-space models have an open range of this name.
+        elif isinstance(value, float) and not math.isfinite(value) and key != "time_step_limit":
+            raise ValueError(f"{file}: {key} ({value}) must be a finite number")
+        elif isinstance(value, float | int) and key.endswith(("_eps", "_epsilon")) and not 0 < value < 1:
+            raise ValueError(f"{file}: {key} ({value}) must be above 0 and below 1")
+        elif isinstance(value, float | int) and key == "rope_theta" and value <= 0:
+            raise ValueError(f"{file}: {key} ({value}) must be above 0")

@@ -122,9 +122,28 @@ def test_a_broken_config_is_a_finding(content: str, tmp_path: Path) -> None:
 
 
 NONSENSE = {
-    "ours": {"hidden_size": 0, "head_dim": -1, "dtype": "x", "vocab_size": 0, "quantization_config": [1]},
-    "camelidae": {"auto_map": [1], "architectures": 1, "num_attention_heads": 0, "torch_dtype": {}},
-    "stock": {"num_hidden_layers": "x", "rms_norm_eps": None, "num_local_experts": 3, "tie_word_embeddings": True},
+    "ours": {
+        "hidden_size": 0,
+        "rms_norm_eps": float("nan"),
+        "head_dim": -1,
+        "dtype": "x",
+        "vocab_size": 0,
+        "quantization_config": [1],
+    },
+    "camelidae": {
+        "auto_map": [1],
+        "architectures": 1,
+        "rms_norm_eps": -1.0,
+        "num_attention_heads": 0,
+        "torch_dtype": {},
+    },
+    "stock": {
+        "num_hidden_layers": "x",
+        "rope_parameters": {"rope_theta": float("inf")},
+        "rms_norm_eps": None,
+        "num_local_experts": 3,
+        "tie_word_embeddings": True,
+    },
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pesc.crafting.skeleton import refuse_absurd_numbers
 from pesc.interop.gguf.exporter import GLM, GRANITE
 from pesc.interop.published.layouts import NAMES
 from pesc.interop.verify.findings import Examination, Report
@@ -45,9 +45,7 @@ def check_gguf(file: Path, report: Report) -> None:
     architecture = fields.get("general.architecture")
     report.facts["architecture"] = architecture
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for key, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            report.add("error", f"{key} ({value}) must be a finite number")
+    refuse_absurd_numbers(fields, file)
     for before, after in pairwise(sorted(reader.tensors, key=lambda tensor: tensor.data_offset)):
         if after.data_offset < before.data_offset + before.n_bytes:
             report.add("error", f"{before.name} and {after.name} overlap in the file")
