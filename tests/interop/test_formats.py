@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import pesc
-from checkpoints import tiny_dense
+from checkpoints import tiny_dense, without_sums
 from families import disturb, tokens
 from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
@@ -162,7 +162,7 @@ def test_a_run_goes_into_a_published_layout_lora_folded(tmp_path: Path) -> None:
 def test_an_adapter_is_copied_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, **GATED)
     out = export(run, tmp_path / "out", "adapter")
-    assert sorted(path.name for path in out.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["SHA256SUMS", "adapter.json", "adapter.safetensors"]
     assert torch.equal(pesc.load(out)(ids()).logits, pesc.load(run)(ids()).logits)
     crafted(tmp_path / "ours")
     with pytest.raises(ValueError, match="only a tuned run has an adapter. The nearest that can: --format pesc"):
@@ -171,7 +171,7 @@ def test_an_adapter_is_copied_alone(tmp_path: Path) -> None:
 
 def test_refusals_come_before_any_weight_is_read(tmp_path: Path) -> None:
     run = make_run(tmp_path, **GATED)
-    (run / "adapter" / "adapter.safetensors").unlink()
+    (without_sums(run) / "adapter" / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match=r"parallel \+ swiglu.*granitemoeshared"):
         export(run, tmp_path / "out", "camelidae")
     with pytest.raises(ValueError, match="its base is llama.*--format granitemoeshared"):

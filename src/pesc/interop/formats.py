@@ -13,6 +13,7 @@ from pesc.interop.gguf.exporter import GGUF
 from pesc.interop.published.exporter import PUBLISHED
 from pesc.interop.standalone import ADAPTER, STANDALONE
 from pesc.interop.stock import DEFAULT_FORMAT, STOCK
+from pesc.storage.checksums import write_checksums
 from pesc.storage.files import new_file, new_folder, read_json
 from pesc.storage.weights import Weights
 
@@ -51,6 +52,8 @@ def export(model: str | Path, out: Path, format: str) -> Path:
         raise ValueError(f"{format} cannot hold {model}: {'; '.join(reasons)}. {_way_out(chosen, ref)}")
     with new_file(out) if chosen.suffix else new_folder(out) as partial:
         chosen.write(ref, partial)
+        if not chosen.suffix:
+            write_checksums(partial)
     return out
 
 
@@ -82,6 +85,7 @@ def import_checkpoint(source: str | Path, out: Path) -> Path:
         )
     with new_folder(out) as partial:
         reader.read(ref.folder, values, weights, partial)
+        write_checksums(partial)
     return out
 
 

@@ -16,6 +16,7 @@ from pesc.interop.published import layouts
 from pesc.interop.published.importer import plan_differences
 from pesc.interop.published.layouts import Target, is_published
 from pesc.interop.verify.findings import Examination, Finding, Report, listed
+from pesc.storage.checksums import check_checksums
 from pesc.storage.files import read_json
 from pesc.storage.weights import Weights
 
@@ -77,6 +78,7 @@ def _gguf_file(path: Path) -> Path | None:
 
 def _check(ref: ModelRef, report: Report) -> None:
     report.kind = ref.kind
+    report.facts["checksums"] = "all right" if check_checksums(ref.folder) else "none"
     try:
         weights = ref.weights()
     except FileNotFoundError as error:
