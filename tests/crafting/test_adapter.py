@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import pesc
-from checkpoints import tiny_dense
+from checkpoints import tiny_dense, without_sums
 from families import disturb
 from pesc import PescConfig, craft
 from pesc.crafting.cost import count_parameters
@@ -39,7 +39,11 @@ def tuned(base: Path, method: PescConfig | None = PescConfig(num_experts=4, adap
 def test_saved_and_loaded_with_one_call(tmp_path: Path) -> None:
     model = tuned(tiny_dense(tmp_path / "dense"))
     pesc.save_adapter(model, tmp_path / "adapter")
-    assert sorted(f.name for f in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "adapter").iterdir()) == [
+        "SHA256SUMS",
+        "adapter.json",
+        "adapter.safetensors",
+    ]
     assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
 
 
@@ -137,8 +141,9 @@ def test_a_base_that_moved_is_named_and_found_again(tmp_path: Path) -> None:
 
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    without_sums(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter.json").write_text('{"pesc": null}')
-    with pytest.raises(ValueError, match="lacks base_model, base_sha256, lora"):
+    with pytest.raises(ValueError, match="lacks base_model, base_sha256, base_config_sha256, lora"):
         pesc.load(tmp_path / "adapter")
 
 
@@ -152,13 +157,13 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_mismatches_are_listed_together(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter.safetensors"
+    file = without_sums(tmp_path / "adapter") / "adapter.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.experts.down_proj"]
     tensors["model.layers.0.mlp.router.weight"] = torch.zeros(3, 32)
     tensors["surprise"] = torch.zeros(1)
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="does not fit") as error:
+    with pytest.raises(ValueError, match="does not hold the model its adapter.json") as error:
         pesc.load(tmp_path / "adapter")
     for line in (
         "missing: model.layers.1.mlp.experts.down_proj",
@@ -170,7 +175,7 @@ def test_mismatches_are_listed_together(tmp_path: Path) -> None:
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter.safetensors"
+    file = without_sums(tmp_path / "adapter") / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged or truncated"):
         pesc.load(tmp_path / "adapter")

@@ -10,12 +10,14 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from checkpoints import tiny_dense
+from checkpoints import tiny_dense, without_sums
 from pesc import PescConfig, add_lora, craft, craft_checkpoint, save_adapter
 from pesc.crafting import sources
 from pesc.crafting.embedded import EMBEDDED
+from pesc.crafting.info import describe
 from pesc.crafting.load import load, load_tokenizer, locate
 from pesc.crafting.sources import resolve
+from pesc.interop.verify.verify import verify
 
 
 def test_folders_load_and_remember_their_name(tmp_path: Path) -> None:
@@ -57,6 +59,11 @@ def test_missing_and_truncated_weights(tmp_path: Path) -> None:
         load(folder)
 
 
+def verify_errors(path: Path) -> None:
+    if errors := [finding.message for finding in verify(path).findings if finding.severity == "error"]:
+        raise ValueError("; ".join(errors))
+
+
 def change(folder: Path, **tensors: torch.Tensor | None) -> Path:
     """Replace tensors of a checkpoint; None removes one. Two underscores stand for a dot."""
     held = load_file(folder / "model.safetensors")
@@ -79,10 +86,22 @@ def test_a_dense_model_with_missing_tensors_is_never_filled_in(tmp_path: Path) -
 
 def test_a_crafted_model_under_a_dense_model_type_keeps_its_experts_or_is_refused(tmp_path: Path) -> None:
     out = craft_checkpoint(tiny_dense(tmp_path / "dense"), tmp_path / "out", PescConfig(num_experts=2, adapter_dim=4))
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"model_type": "llama", "architectures": None}))
-    with pytest.raises(ValueError, match="unexpected: model.layers.0.mlp.router.weight"):
-        load(out)
+    file = without_sums(out) / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "llama", "architectures": None}
+    file.write_text(json.dumps(config))
+    for read in (load, describe, verify_errors):
+        with pytest.raises(
+            ValueError, match=r"model_type \('llama'\) must be 'pesc', as it has pesc and base_model_type"
+        ):
+            read(out)
+    for key in ("pesc", "base_model_type"):
+        del config[key]
+    file.write_text(json.dumps(config))
+    for read in (load, describe, verify_errors):
+        with pytest.raises(
+            ValueError, match=r"holds experts of a crafted model \(model.layers.0.mlp.experts.up_proj\)"
+        ):
+            read(out)
 
 
 def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:

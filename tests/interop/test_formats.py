@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pesc
-from checkpoints import tiny_dense
+from checkpoints import tiny_dense, without_sums
 from families import disturb, tokens
 from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
@@ -215,7 +215,7 @@ def test_a_run_goes_into_a_published_layout_lora_folded(tmp_path: Path) -> None:
 def test_an_adapter_is_copied_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, **GATED)
     out = export(run, tmp_path / "out", "adapter")
-    assert sorted(path.name for path in out.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["SHA256SUMS", "adapter.json", "adapter.safetensors"]
     assert torch.equal(pesc.load(out, base=tmp_path / "base")(ids()).logits, pesc.load(run)(ids()).logits)
     crafted(tmp_path / "ours")
     with pytest.raises(ValueError, match="only a tuned run has an adapter. The nearest that can: --format pesc"):
@@ -234,7 +234,7 @@ DAMAGED = {
 @pytest.mark.parametrize("fault", DAMAGED)
 @pytest.mark.parametrize("format", ["adapter", "pesc"])
 def test_a_damaged_adapter_is_refused_in_one_line(format: str, fault: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, **GATED)
+    run = without_sums(make_run(tmp_path, **GATED))
     file = run / "adapter" / "adapter.safetensors"
     tensors = {name: tensor for name, tensor in (load_file(file) | DAMAGED[fault]).items() if tensor is not None}
     save_file(tensors, file)
@@ -248,7 +248,7 @@ def test_a_damaged_adapter_is_refused_in_one_line(format: str, fault: str, tmp_p
 
 def test_refusals_come_before_any_weight_is_read(tmp_path: Path) -> None:
     run = make_run(tmp_path, **GATED)
-    (run / "adapter" / "adapter.safetensors").unlink()
+    (without_sums(run) / "adapter" / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match=r"parallel \+ swiglu.*granitemoeshared"):
         export(run, tmp_path / "out", "camelidae")
     with pytest.raises(ValueError, match="its base is llama.*--format granitemoeshared"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,38 @@ from transformers.core_model_loading import WeightRenaming, revert_weight_conver
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
 
-BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
-"""What transformers raises on values of a config that make no sense."""
+_NONSENSE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+BAD_CONFIG = (StrictDataclassError, *_NONSENSE, ValueError)
+"""What transformers and peft raise on settings that make no sense."""
+_PARAMETERS_A_BYTE = 8
+"""More than any quantization packs."""
+_MOST_LAYERS = 1000
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+
+
+@contextmanager
+def refused_in_one_line(fault: str) -> Iterator[None]:
+    """Inside the block, what other libraries raise on nonsense becomes a ValueError of one line.
+
+    Args:
+        fault: the beginning of that line: what is wrong, and in which file.
+    """
+    try:
+        yield
+    except (*BAD_CONFIG, OSError) as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{fault}: {kind}{' '.join(str(error).split())[:1000]}") from error
+
+
+def refuse_too_many_layers(values: dict[str, Any]) -> None:
+    """Refuse the content of a config.json with so many layers that building them on the meta device takes minutes.
+
+    Raises:
+        ValueError: there are more than `_MOST_LAYERS`.
+    """
+    for key in _LAYER_COUNTS:
+        if isinstance(count := values.get(key), int) and count > _MOST_LAYERS:
+            raise ValueError(f"{key} ({str(count)[:20]}) must be at most {_MOST_LAYERS}: the config is damaged")
 
 
 def skeleton_of(config: Any) -> Any:
@@ -26,11 +57,9 @@ def skeleton_of(config: Any) -> Any:
     Raises:
         ValueError: transformers cannot build a causal LM from the config.
     """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except BAD_CONFIG as error:
-        raise ValueError(f"no model can be built from the config: {error}") from error
+    whose = f" of {config.name_or_path}" if config.name_or_path else ""
+    with refused_in_one_line(f"no model can be built from the config{whose}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def tied_names(skeleton: Any) -> set[str]:
@@ -73,7 +102,16 @@ def differences_from(skeleton: Any, weights: Weights, *, new: Iterable[str] = ()
     expected = {
         in_files.get(in_model[name], name): shape for name, shape in promised.items() if in_model[name] not in optional
     }
-    return compare_tensors(expected, weights.shapes)
+    differences = compare_tensors(expected, weights.shapes)
+    size, parameters = sum(weights.file_sizes), skeleton.num_parameters()
+    if parameters > _PARAMETERS_A_BYTE * size:
+        differences.others.append(f"too small: files of {size} bytes for a model of {parameters} parameters")
+    if not getattr(skeleton.config, "quantization_config", None):
+        # Buffers may hold integers; what is computed with may not.
+        differences.others += weights.not_floating(
+            name for name in weights.tensors if name in expected or name.endswith("weight")
+        )
+    return differences
 
 
 def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:

@@ -15,6 +15,7 @@ from pesc.interop.standalone import ADAPTER, STANDALONE
 from pesc.interop.stock import DEFAULT_FORMAT, STOCK
 from pesc.interop.verify.findings import Report
 from pesc.interop.verify.verify import check
+from pesc.storage.checksums import write_checksums
 from pesc.storage.files import new_file, new_folder, read_json
 from pesc.storage.weights import Weights
 
@@ -59,6 +60,8 @@ def export(model: str | Path, out: Path, format: str, *, base: str | Path | None
     report.refuse()
     with new_file(out) if chosen.suffix else new_folder(out) as partial:
         chosen.write(ref, partial)
+        if not chosen.suffix:
+            write_checksums(partial)
     return out
 
 
@@ -90,6 +93,7 @@ def import_checkpoint(source: str | Path, out: Path) -> Path:
         )
     with new_folder(out) as partial:
         reader.read(ref.folder, values, weights, partial)
+        write_checksums(partial)
     return out
 
 

@@ -17,6 +17,7 @@ from pesc.interop.published import layouts
 from pesc.interop.published.importer import plan_differences, untied
 from pesc.interop.published.layouts import is_published
 from pesc.interop.verify.findings import Examination, Finding, Report, listed
+from pesc.storage.checksums import check_checksums
 from pesc.storage.compare import TensorDifferences
 from pesc.storage.files import read_json
 from pesc.storage.weights import Weights
@@ -86,6 +87,7 @@ def check(ref: ModelRef, report: Report) -> None:
         ValueError: the files cannot be read, or make no sense.
     """
     report.kind = ref.kind
+    report.facts["checksums"] = "all right" if check_checksums(ref.folder) else "none"
     try:
         weights = ref.weights()
     except FileNotFoundError as error:
