@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from pesc.config import PescConfig
 from pesc.crafting.lora import LORA_NAME, adapter_tensors
-from pesc.crafting.skeleton import refused_in_one_line
+from pesc.crafting.skeleton import refuse_absurd_numbers, refused_in_one_line
 from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns
 from pesc.storage.checksums import write_checksums
@@ -60,6 +60,7 @@ class AdapterSettings:
             ValueError: the file lacks a setting, or one breaks its rule.
         """
         path, values = folder / ADAPTER_JSON, read_json(folder / ADAPTER_JSON)
+        refuse_absurd_numbers(values, path)
         kinds: dict[str, Any] = dict.fromkeys(("base_model", "base_sha256", "base_config_sha256"), str)
         kinds |= dict.fromkeys(("pesc", "lora"), dict | None)
         if missing := [key for key in kinds if key not in values]:

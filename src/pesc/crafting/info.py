@@ -49,13 +49,13 @@ class ModelInfo:
         return asdict(self)
 
 
-def describe(path: str | Path) -> ModelInfo:
-    """Describe a model by the same paths that `pesc.load` takes.
+def describe(path: str | Path, *, base: str | Path | None = None) -> ModelInfo:
+    """Describe a model by the same paths, and the same `base`, that `pesc.load` takes.
 
     Raises:
         FileNotFoundError, ValueError: for a path that is no model, or whose files are damaged.
     """
-    ref = locate(path)
+    ref = locate(path, base=base)
     weights, model, config = ref.weights(), ref.skeleton(folded=False), ref.config
     experts, differences = expert_parameters(model), ref.differences(weights)
     pesc_config, settings = ref.pesc_config, ref.settings if ref.kind == "adapter" else None

@@ -27,8 +27,8 @@ from pesc.crafting.craft import craft
 from pesc.crafting.lora import add_lora, fold
 from pesc.crafting.modeling import loading_differences
 from pesc.crafting.skeleton import (
-    converts_weights,
     differences_from,
+    refuse_absurd_numbers,
     refuse_too_many_layers,
     refused_in_one_line,
     skeleton_of,
@@ -84,7 +84,7 @@ class ModelRef:
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{self.folder} needs its base {base} (sha256 {self.settings.base_sha256[:12]}…), which is not there: "
-                f"{error}; if it moved, name its new place: pesc.load(…, base=…)"
+                f"{error}; if it moved, name its new place with --base, or pesc.load(…, base=…)"
             ) from error
 
     @cached_property
@@ -128,8 +128,9 @@ class ModelRef:
 
     @cached_property
     def _tuned_skeleton(self) -> PreTrainedModel:
+        skeleton = skeleton_of(self.config)
         with refused_in_one_line(f"{self.folder / ADAPTER_JSON}: no model has this LoRA"):
-            return add_lora(skeleton_of(self.config), LoraConfig(**self.settings.lora or {}))
+            return add_lora(skeleton, LoraConfig(**self.settings.lora or {}))
 
     def differences(self, weights: Weights | None = None) -> TensorDifferences:
         """How its files differ from what its config, or an adapter's settings, promise.
@@ -297,6 +298,7 @@ def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
     file = folder / "config.json"
     values = read_json(file)
     check_checksums(folder, SMALL)
+    refuse_absurd_numbers(values, file)
     model_type, ours = values.get("model_type"), [key for key in ("pesc", "base_model_type") if key in values]
     if ours and model_type != MODEL_TYPE:
         raise ValueError(f"{file}: model_type ({model_type!r}) must be {MODEL_TYPE!r}, as it has {' and '.join(ours)}")
@@ -316,7 +318,7 @@ def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
         # With it off, transformers raises at the first kind of problem; the complete list is made below.
         options["ignore_mismatched_sizes"] = True
         differences.unexpected = []
-    if converts_weights(ref.skeleton()):
+    if getattr(ref.config, "quantization_config", None):
         differences = TensorDifferences(others=differences.others)
     differences.refuse(fault)
     with refused_in_one_line(f"{ref.folder} cannot be loaded"):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
@@ -65,44 +67,74 @@ def tied_names(skeleton: Any) -> set[str]:
     return set(getattr(skeleton, "all_tied_weights_keys", None) or {})
 
 
-def converts_weights(skeleton: Any) -> bool:
-    """Whether transformers makes a model's tensors from others in the files: stacked experts, quantized weights."""
-    rules = get_model_conversion_mapping(skeleton)
-    quantized = getattr(skeleton.config, "quantization_config", None)
-    return bool(quantized) or not all(isinstance(rule, WeightRenaming) for rule in rules)
-
-
 def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
     """The name in the model of each tensor of a checkpoint: another one if transformers renames it."""
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    found = {}
+    found, known = {}, model.state_dict().keys()
     for name in names:
-        found[name] = name
+        renamed = name
         for rule in renamings:
-            found[name], _ = rule.rename_source_key(found[name])
+            renamed, _ = rule.rename_source_key(renamed)
+        # A file that was saved from the backbone alone does not know the backbone's name.
+        prefixed = f"{model.base_model_prefix}.{renamed}"
+        found[name] = prefixed if prefixed in known else renamed
     return found
 
 
+def shapes_in_files(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by its name in a checkpoint; experts that a model stacks lie apart there."""
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def differences_from(skeleton: Any, weights: Weights, *, new: Iterable[str] = ()) -> TensorDifferences:
-    """How the tensors of files differ from those of a model, by their names in the model.
+    """How the tensors of files differ from those of a model, by their names in the files.
 
     Args:
         skeleton: the model.
         weights: the files.
-        new: names that the files need not hold.
+        new: names in the model that the files need not hold.
     """
-    in_model = names_in_model(skeleton, weights.tensors)
-    found = {in_model[name]: shape for name, shape in weights.shapes.items()}
-    optional = tied_names(skeleton) | set(new)
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    expected = {name: shape for name, shape in shapes.items() if name in found or name not in optional}
-    differences = compare_tensors(expected, found)
-    size, promised = sum(weights.file_sizes), skeleton.num_parameters()
-    if promised > _PARAMETERS_A_BYTE * size:
-        differences.others.append(f"too small: files of {size} bytes for a model of {promised} parameters")
+    promised = shapes_in_files(skeleton)
+    in_model = names_in_model(skeleton, weights.tensors | promised)
+    in_files = {in_model[name]: name for name in weights.tensors}
+    optional = (tied_names(skeleton) | set(new)) - in_files.keys()
+    expected = {
+        in_files.get(in_model[name], name): shape for name, shape in promised.items() if in_model[name] not in optional
+    }
+    differences = compare_tensors(expected, weights.shapes)
+    size, parameters = sum(weights.file_sizes), skeleton.num_parameters()
+    if parameters > _PARAMETERS_A_BYTE * size:
+        differences.others.append(f"too small: files of {size} bytes for a model of {parameters} parameters")
     if not getattr(skeleton.config, "quantization_config", None):
         # Buffers may hold integers; what is computed with may not.
         differences.others += weights.not_floating(
-            name for name, known in in_model.items() if known in shapes or name.endswith("weight")
+            name for name in weights.tensors if name in expected or name.endswith("weight")
         )
     return differences
+
+
+def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:
+    """Refuse settings with which a model computes NaN, or nothing: NaN, infinity, an epsilon that is not small.
+
+    Args:
+        values: the settings, nested as in JSON.
+        file: where they stand, named in the error.
+
+    Raises:
+        ValueError: naming the first such setting.
+    """
+    places = [*values.items()]
+    while places:
+        key, value = places.pop()
+        if isinstance(value, dict):
+            places += value.items()
+        elif isinstance(value, list):
+            places += [(key, part) for part in value]
+        # State-space models have an open range of this name.
+        elif isinstance(value, float) and not math.isfinite(value) and key != "time_step_limit":
+            raise ValueError(f"{file}: {key} ({value}) must be a finite number")
+        elif isinstance(value, float | int) and key.endswith(("_eps", "_epsilon")) and not 0 < value < 1:
+            raise ValueError(f"{file}: {key} ({value}) must be above 0 and below 1")
+        elif isinstance(value, float | int) and key == "rope_theta" and value <= 0:
+            raise ValueError(f"{file}: {key} ({value}) must be above 0")
