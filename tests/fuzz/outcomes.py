@@ -71,7 +71,8 @@ class Case:
             types, or else by hashes.
         """
         rng, place = random.Random(str(self)), folders.fresh(self.kind)
-        targets = sorted({f.parent for name in ("config.json", "adapter.json") for f in place.rglob(name)}) or [place]
+        names = ("config.json", "adapter.json", "recipe.yaml")
+        targets = sorted({file.parent for name in names for file in place.rglob(name)}) or [place]
         folder = rng.choice(targets)
         if bare := rng.random() < 0.5:
             for sums in place.rglob(SUMS):
@@ -222,7 +223,10 @@ def _train(place: Path, model: Path) -> list[float]:
 
 
 def _chat(_: Path, model: Path) -> list[float]:
-    return _logits(open_chat(model, Console(file=io.StringIO())).model)
+    chat = open_chat(model, Console(file=io.StringIO()), max_new_tokens=2)
+    with quiet_libraries():
+        chat.answer("hello")
+    return _logits(chat.model)
 
 
 _VERBS: dict[str, Callable[[Path, Path], list[float]]] = {
