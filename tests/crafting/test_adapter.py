@@ -139,6 +139,41 @@ def test_a_base_that_moved_is_named_and_found_again(tmp_path: Path) -> None:
     assert torch.equal(pesc.load(tmp_path / "adapter", base=tmp_path / "moved")(IDS).logits, model(IDS).logits)
 
 
+def test_a_base_whose_config_computes_something_else_is_refused(tmp_path: Path) -> None:
+    base = tiny_dense(tmp_path / "dense")
+    pesc.save_adapter(tuned(base), tmp_path / "adapter")
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | {"transformers_version": "5.0.0", "architectures": None}))
+    pesc.load(tmp_path / "adapter")
+    (base / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ValueError, match=r"with config.json of sha256 .* needs the config.json it was trained on"):
+        pesc.load(tmp_path / "adapter")
+
+
+def test_modules_chosen_by_a_regular_expression_are_kept_by_name(tmp_path: Path) -> None:
+    model = load(tiny_dense(tmp_path / "dense"))
+    rule = {"target_modules": r".*layers\.1\..*(q|v)_proj", "rank_pattern": {r".*\.q_.*": 2}}
+    pesc.add_lora(model, LoraConfig(r=4, lora_alpha=8, **rule))
+    pesc.save_adapter(model, tmp_path / "adapter")
+    lora = json.loads((tmp_path / "adapter" / "adapter.json").read_text())["lora"]
+    names = [f"model.layers.1.self_attn.{part}_proj" for part in "qv"]
+    assert (lora["target_modules"], lora["rank_pattern"]) == (names, {names[0]: 2})
+    assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": "(.*a*)*b"}, {"rank_pattern": {"(a*)*b": 2}}, {"r": 0}, {"unknown": 1}, {"r": "x"}]
+)
+def test_lora_settings_that_make_no_sense_are_named(tmp_path: Path, lora: dict) -> None:
+    pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    file = without_sums(tmp_path / "adapter") / "adapter.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"lora": values["lora"] | lora}))
+    with pytest.raises(ValueError, match=r"adapter\.json") as error:
+        pesc.load(tmp_path / "adapter")
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
     without_sums(tmp_path / "adapter")

@@ -104,6 +104,56 @@ def test_a_crafted_model_under_a_dense_model_type_keeps_its_experts_or_is_refuse
             read(out)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    craft(load(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=2, adapter_dim=4)).save_pretrained(
+        tmp_path / "out"
+    )
+    for folder in (tmp_path / "dense", tmp_path / "out"):
+        change(folder, model__layers__0__mlp__up_proj__weight=torch.ones(48, 32).to(dtype))
+        with pytest.raises(ValueError, match="wrong dtype: model.layers.0.mlp.up_proj.weight is"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights must be left out"),
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers \(1000000\) must be at most 1000"),
+        ({"vocab_size": 10**9}, "wrong shape: model.embed_tokens.weight"),
+        ({"vocab_size": 10**400}, "no model can be built|no config that transformers can read"),
+        ({"num_attention_heads": 0}, "no model can be built|no config that transformers can read"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be built"),
+        ({"rope_parameters": [1]}, "no config that transformers can read"),
+        ({"pad_token_id": 10**6}, "no model can be built"),
+    ],
+)
+def test_nonsense_in_a_config_is_one_line_that_names_it(tmp_path: Path, changes: dict, message: str) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    for read in (load, describe):
+        with pytest.raises(ValueError, match=message) as error:
+            read(folder)
+        assert str(folder) in str(error.value).splitlines()[0]
+
+
+def test_a_config_nested_without_end_is_no_config(tmp_path: Path) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    (folder / "config.json").write_text("[" * 10**5 + "]" * 10**5)
+    with pytest.raises(ValueError, match=r"config.json is no valid JSON"):
+        load(folder)
+
+
+def test_another_adapter_in_the_folder_would_change_the_base_and_is_refused(tmp_path: Path) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "elsewhere", "peft_type": "LORA"})
+    )
+    with pytest.raises(ValueError, match=r"adapter_config.json beside config.json"):
+        load(folder)
+
+
 def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     folder = tiny_dense(tmp_path / "dense")
     config = json.loads((folder / "config.json").read_text())

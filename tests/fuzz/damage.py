@@ -6,6 +6,7 @@ A damage changes files of the folder that it is given and says what it did; None
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import struct
@@ -195,9 +196,11 @@ def tensor_renamed(folder: Path, rng: Rng) -> str | None:
 
 @of("structure")
 def tensor_added(folder: Path, rng: Rng) -> str | None:
-    def change(tensors: dict[str, torch.Tensor], name: str) -> str:
+    def change(tensors: dict[str, torch.Tensor], name: str) -> str | None:
         layers = ("model.layers.0", "model.layers.7")
         new = rng.choice([f"{layer}.mlp.{part}" for layer in layers for part in ("router.weight", "experts.up_proj")])
+        if new in tensors:
+            return None
         tensors[new] = torch.randn(4, 8, 32)
         return f"{new} added"
 
@@ -249,9 +252,14 @@ def file_longer(folder: Path, rng: Rng) -> str | None:
 def file_gone(folder: Path, rng: Rng) -> str | None:
     file = _pick(folder, rng, "*")
     file.unlink()
-    other = rng.choice(["absent", "a folder", "a loop", "a device"])
+    other = rng.choice(["absent", "a folder", "a loop", "a device", "a pipe", "full of zeros"])
     if other == "a folder":
         file.mkdir()
+    elif other == "a pipe":
+        os.mkfifo(file)
+    elif other == "full of zeros":
+        file.touch()
+        os.truncate(file, 3 * 1024**3)
     elif other != "absent":
         file.symlink_to(file.name if other == "a loop" else "/dev/zero")
     return f"{file.name} is {other}"

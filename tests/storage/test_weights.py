@@ -62,6 +62,15 @@ def test_other_things_in_a_bin_file_are_refused(tmp_path: Path) -> None:
         import_checkpoint(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand(2**40), torch.zeros(4).to_sparse(), torch.zeros(4, device="meta")]
+)
+def test_tensors_whose_numbers_are_not_in_the_file_are_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"view": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold tensors only, but view are none"):
+        Weights(tmp_path)
+
+
 def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     source = Checkpoint().save(tmp_path / "source", shards=2)
     index = source / "model.safetensors.index.json"

@@ -12,6 +12,7 @@ import torch
 from pesc.crafting.cost import count_parameters
 from pesc.crafting.load import locate
 from pesc.crafting.surgery import expert_parameters
+from pesc.storage.compare import TensorDifferences
 from pesc.storage.weights import Weights
 
 
@@ -53,11 +54,17 @@ def describe(path: str | Path, *, base: str | Path | None = None) -> ModelInfo:
     """Describe a model by the same paths, and the same `base`, that `pesc.load` takes.
 
     Raises:
-        FileNotFoundError, ValueError: for a path that is no model, or whose files are damaged.
+        FileNotFoundError, ValueError: for a path that is no model, or whose files are damaged; routers and experts
+            that are missing or misshapen are no error, but part of the description.
     """
     ref = locate(path, base=base)
     weights, model, config = ref.weights(), ref.skeleton(folded=False), ref.config
-    experts, differences = expert_parameters(model), ref.differences(weights)
+    experts, differences = set(expert_parameters(model)), ref.differences(weights)
+    TensorDifferences(
+        missing=[name for name in differences.missing if name not in experts],
+        misshapen={name: shapes for name, shapes in differences.misshapen.items() if name not in experts},
+        others=differences.others,
+    ).refuse(f"{ref.folder} does not hold the model its config describes")
     pesc_config, settings = ref.pesc_config, ref.settings if ref.kind == "adapter" else None
     return ModelInfo(
         path=str(path),
@@ -74,13 +81,13 @@ def describe(path: str | Path, *, base: str | Path | None = None) -> ModelInfo:
         crafted_layers=list(pesc_config.for_layers(config.num_hidden_layers)) if pesc_config else [],
         missing=[name for name in differences.missing if name in experts],
         wrong_shape=[name for name in differences.misshapen if name in experts],
-        untouched=_untouched(experts, weights),
+        untouched=_untouched(experts - differences.misshapen.keys(), weights),
     )
 
 
 def _untouched(experts: Iterable[str], weights: Weights) -> list[str]:
     found = []
-    for name in experts:
+    for name in sorted(experts):
         if name.endswith("experts.down_proj") and name in weights.tensors:
             zero = ~weights.read(name).flatten(1).any(dim=1)
             found += [f"{name.removesuffix('.down_proj')}.{expert}" for expert in zero.nonzero().flatten().tolist()]

@@ -41,6 +41,7 @@ from pesc.storage.weights import Weights, weights_hash
 
 Kind = Literal["dense", "crafted", "adapter"]
 RECIPE = "recipe.yaml"
+_TEXTS, _MOST_TEXT = (".json", ".jinja", ".txt", ".model"), 256 * 1024**2
 _EXPERTS = re.compile(r"\.(router|experts|moe_adapter)\.")
 
 
@@ -177,6 +178,7 @@ class ModelRef:
 
         Raises:
             FileNotFoundError: the model has none.
+            ValueError: it has no token to pad with.
         """
         folder = self.base.folder
         try:
@@ -186,6 +188,8 @@ class ModelRef:
             raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({reason})") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError(f"{folder}: the tokenizer must name an eos_token or a pad_token in tokenizer_config.json")
         return tokenizer
 
     def load(self, *, folded: bool = False, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
@@ -296,6 +300,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
     folder = resolve(path, pickled=pickled)
     file = folder / "config.json"
+    for text in (file for file in folder.iterdir() if file.suffix in _TEXTS and file.is_file()):
+        if (size := text.stat().st_size) > _MOST_TEXT:
+            raise ValueError(f"{text} has {size} bytes, more than the {_MOST_TEXT} that are read: it is damaged")
     values = read_json(file)
     check_checksums(folder, SMALL)
     refuse_absurd_numbers(values, file)
