@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING
 
 from pesc.config import PescConfig
 from pesc.crafting.configuration import PescModelConfig, crafted_config
-from pesc.crafting.skeleton import refuse_too_many_layers, refused_in_one_line
+from pesc.crafting.skeleton import refused_in_one_line
 from pesc.crafting.surgery import crafted_ffns
 
 BASES = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
@@ -158,7 +158,6 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
     if layout.base_model_type == "llama":
         dense.setdefault("attention_bias", "model.layers.0.self_attn.o_proj.bias" in set(names))
     with refused_in_one_line(f"the config is no {layout.base_model_type} config"):
-        refuse_too_many_layers(values)
         config = crafted_config(CONFIG_MAPPING[layout.base_model_type].from_dict(dense), pesc_config)
     kept = {key: value for key, value in values.items() if key not in ("auto_map", SOURCE)}
     source = {
