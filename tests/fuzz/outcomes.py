@@ -185,8 +185,8 @@ def _verify(_: Path, model: Path) -> list[float]:
     return []
 
 
-def _load(_: Path, model: Path) -> list[float]:
-    ref = locate(model)
+def _load(_: Path, model: Path, base: Path | None = None) -> list[float]:
+    ref = locate(model, base=base)
     # grouped_mm, the default, takes only widths whose rows are a multiple of 16 bytes.
     stock = {"experts_implementation": "eager"} if "moe" in str(model.parent) else {}
     with quiet_libraries():
@@ -210,7 +210,8 @@ def _import(place: Path, model: Path) -> list[float]:
 
 def _export(place: Path, model: Path, format: str = "pesc") -> list[float]:
     with quiet_libraries():
-        return _load(place, export(model, place / f"as-{format}", format))
+        # An exported adapter does not say where its base lies on this machine.
+        return _load(place, export(model, place / f"as-{format}", format), place / "base")
 
 
 def _train(place: Path, model: Path) -> list[float]:

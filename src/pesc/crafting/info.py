@@ -59,7 +59,7 @@ def describe(path: str | Path, *, base: str | Path | None = None) -> ModelInfo:
     """
     ref = locate(path, base=base)
     weights, model, config = ref.weights(), ref.skeleton(folded=False), ref.config
-    experts, differences = set(expert_parameters(model)), ref.differences(weights)
+    experts, differences = expert_parameters(model), ref.differences(weights)
     TensorDifferences(
         missing=[name for name in differences.missing if name not in experts],
         misshapen={name: shapes for name, shapes in differences.misshapen.items() if name not in experts},
@@ -81,13 +81,13 @@ def describe(path: str | Path, *, base: str | Path | None = None) -> ModelInfo:
         crafted_layers=list(pesc_config.for_layers(config.num_hidden_layers)) if pesc_config else [],
         missing=[name for name in differences.missing if name in experts],
         wrong_shape=[name for name in differences.misshapen if name in experts],
-        untouched=_untouched(experts - differences.misshapen.keys(), weights),
+        untouched=_untouched((name for name in experts if name not in differences.misshapen), weights),
     )
 
 
 def _untouched(experts: Iterable[str], weights: Weights) -> list[str]:
     found = []
-    for name in sorted(experts):
+    for name in experts:
         if name.endswith("experts.down_proj") and name in weights.tensors:
             zero = ~weights.read(name).flatten(1).any(dim=1)
             found += [f"{name.removesuffix('.down_proj')}.{expert}" for expert in zero.nonzero().flatten().tolist()]
