@@ -53,6 +53,13 @@ def tiny_dense(folder: Path, seed: int = 0, **save: str) -> Path:
     return folder
 
 
+def without_sums(folder: Path) -> Path:
+    """A folder without hashes of its files, so that other checks see what a test changes."""
+    for sums in folder.rglob("SHA256SUMS"):
+        sums.unlink()
+    return folder
+
+
 def write_rows(path: Path, count: int = 12) -> Path:
     """Conversations to learn: count up to a number."""
     rows = [

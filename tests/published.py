@@ -89,5 +89,5 @@ class Checkpoint:
                 save_file(part, folder / file, {"format": "pt"})
         if shards > 1:
             weight_map = {key: file for file, keys in files.items() for key in keys}
-            (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+            (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         return folder

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pesc
 from checkpoints import tiny_dense, write_rows
+from families import disturb
 from pesc.cli import app, main
 
 VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench", "serve", "export"]
@@ -86,6 +87,21 @@ def test_import_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     save_file(tensors, shard / "model.safetensors", {"format": "pt"})
     assert main(["verify", str(shard)]) == 1
     assert "not complete" in capsys.readouterr().out
+
+
+def test_an_adapter_whose_base_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = pesc.craft(pesc.load(tiny_dense(tmp_path / "base")), pesc.PescConfig(num_experts=4, adapter_dim=8))
+    adapter = str(pesc.save_adapter(disturb(model), tmp_path / "adapter"))
+    moved = str((tmp_path / "base").rename(tmp_path / "moved"))
+    out = str(tmp_path / "out")
+    for arguments in (["info", adapter], ["verify", adapter], ["export", adapter, out]):
+        assert main(arguments) == 1
+        output = capsys.readouterr()
+        assert "--base" in output.out + output.err
+        assert main([*arguments, "--base", moved]) == 0
+    for verb in ("chat", "serve"):
+        assert main([verb, adapter]) == 1
+        assert "--base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,10 @@ from pesc.config import PescConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+_Base = Annotated[
+    str | None, Parameter(help="An adapter's base, if it moved: a folder or a hub id. Its weights must be the same.")
+]
+
 app = App(
     name="pesc",
     help="Turn a dense language model into a Mixture of Experts while instruction-tuning it.",
@@ -96,7 +100,7 @@ def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=
 
 
 @app.command
-def info(model: str, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
+def info(model: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
     """Say what a model is: family, experts, parameters, sizes, missing or untouched experts.
 
     Example: `pesc info runs/demo --json`
@@ -111,7 +115,7 @@ def info(model: str, *, as_json: Annotated[bool, Parameter(name="--json")] = Fal
     from pesc.crafting.info import describe
     from pesc.crafting.show import show_info
 
-    described = describe(model)
+    described = describe(model, base=base)
     if as_json:
         print(json.dumps(described.to_dict(), indent=2))
     else:
@@ -119,7 +123,14 @@ def info(model: str, *, as_json: Annotated[bool, Parameter(name="--json")] = Fal
 
 
 @app.command
-def chat(model: str, *, max_new_tokens: int = 512, temperature: float = 0.2, system: str | None = None) -> None:
+def chat(
+    model: str,
+    *,
+    base: _Base = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.2,
+    system: str | None = None,
+) -> None:
     """Talk to a model in the terminal. Ctrl-C stops an answer, Ctrl-D leaves.
 
     Example: `pesc chat runs/demo --temperature 0`
@@ -137,7 +148,8 @@ def chat(model: str, *, max_new_tokens: int = 512, temperature: float = 0.2, sys
     """
     from pesc.serving.chat import converse, open_chat
 
-    converse(open_chat(model, _console(), max_new_tokens=max_new_tokens, temperature=temperature, system=system))
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "system": system}
+    converse(open_chat(model, _console(), base=base, **settings))
 
 
 @app.command(name="import")
@@ -161,7 +173,7 @@ def import_(checkpoint: str, out: Path) -> None:
 
 
 @app.command
-def export(model: str, out: Path, *, format: str = "pesc") -> None:
+def export(model: str, out: Path, *, format: str = "pesc", base: _Base = None) -> None:
     """Write a tuned model in a format that other programs load.
 
     Example: `pesc export runs/demo standalone --format pesc`
@@ -182,12 +194,12 @@ def export(model: str, out: Path, *, format: str = "pesc") -> None:
     from pesc.machine.quiet import quiet_libraries
 
     with quiet_libraries():
-        written = write(model, out, format)
+        written = write(model, out, format, base=base)
     _console().print(f"wrote {written}", highlight=False, markup=False)
 
 
 @app.command
-def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int:
+def verify(path: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int:
     """Check that a model's files hold the experts that they promise. The exit code is 1 if they do not.
 
     Example: `pesc verify camelidae-8x7b.Q4_K_M.gguf`
@@ -202,7 +214,7 @@ def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json")] = Fa
     from pesc.interop.verify.show import show_report
     from pesc.interop.verify.verify import verify as check
 
-    report = check(path)
+    report = check(path, base=base)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -214,6 +226,7 @@ def verify(path: str, *, as_json: Annotated[bool, Parameter(name="--json")] = Fa
 def serve(
     model: str,
     *,
+    base: _Base = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: Annotated[str | None, Parameter(env_var="PESC_API_KEY")] = None,
@@ -238,7 +251,7 @@ def serve(
     """
     from pesc.serving.server import serve as run
 
-    run(model, host=host, port=port, api_key=api_key, engine=engine)
+    run(model, base=base, host=host, port=port, api_key=api_key, engine=engine)
 
 
 @app.command

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import pesc
-from checkpoints import tiny_dense
+from checkpoints import tiny_dense, without_sums
 from families import disturb
 from pesc import PescConfig, craft
 from pesc.crafting.cost import count_parameters
@@ -39,7 +39,11 @@ def tuned(base: Path, method: PescConfig | None = PescConfig(num_experts=4, adap
 def test_saved_and_loaded_with_one_call(tmp_path: Path) -> None:
     model = tuned(tiny_dense(tmp_path / "dense"))
     pesc.save_adapter(model, tmp_path / "adapter")
-    assert sorted(f.name for f in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "adapter").iterdir()) == [
+        "SHA256SUMS",
+        "adapter.json",
+        "adapter.safetensors",
+    ]
     assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
 
 
@@ -135,10 +139,46 @@ def test_a_base_that_moved_is_named_and_found_again(tmp_path: Path) -> None:
     assert torch.equal(pesc.load(tmp_path / "adapter", base=tmp_path / "moved")(IDS).logits, model(IDS).logits)
 
 
+def test_a_base_whose_config_computes_something_else_is_refused(tmp_path: Path) -> None:
+    base = tiny_dense(tmp_path / "dense")
+    pesc.save_adapter(tuned(base), tmp_path / "adapter")
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | {"transformers_version": "5.0.0", "architectures": None}))
+    pesc.load(tmp_path / "adapter")
+    (base / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ValueError, match=r"with config.json of sha256 .* needs the config.json it was trained on"):
+        pesc.load(tmp_path / "adapter")
+
+
+def test_modules_chosen_by_a_regular_expression_are_kept_by_name(tmp_path: Path) -> None:
+    model = load(tiny_dense(tmp_path / "dense"))
+    rule = {"target_modules": r".*layers\.1\..*(q|v)_proj", "rank_pattern": {r".*\.q_.*": 2}}
+    pesc.add_lora(model, LoraConfig(r=4, lora_alpha=8, **rule))
+    pesc.save_adapter(model, tmp_path / "adapter")
+    lora = json.loads((tmp_path / "adapter" / "adapter.json").read_text())["lora"]
+    names = [f"model.layers.1.self_attn.{part}_proj" for part in "qv"]
+    assert (lora["target_modules"], lora["rank_pattern"]) == (names, {names[0]: 2})
+    assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": "(.*a*)*b"}, {"rank_pattern": {"(a*)*b": 2}}, {"r": 0}, {"unknown": 1}, {"r": "x"}]
+)
+def test_lora_settings_that_make_no_sense_are_named(tmp_path: Path, lora: dict) -> None:
+    pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    file = without_sums(tmp_path / "adapter") / "adapter.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"lora": values["lora"] | lora}))
+    with pytest.raises(ValueError, match=r"adapter\.json") as error:
+        pesc.load(tmp_path / "adapter")
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    without_sums(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter.json").write_text('{"pesc": null}')
-    with pytest.raises(ValueError, match="lacks base_model, base_sha256, lora"):
+    with pytest.raises(ValueError, match="lacks base_model, base_sha256, base_config_sha256, lora"):
         pesc.load(tmp_path / "adapter")
 
 
@@ -152,13 +192,13 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_mismatches_are_listed_together(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter.safetensors"
+    file = without_sums(tmp_path / "adapter") / "adapter.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.experts.down_proj"]
     tensors["model.layers.0.mlp.router.weight"] = torch.zeros(3, 32)
     tensors["surprise"] = torch.zeros(1)
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="does not fit") as error:
+    with pytest.raises(ValueError, match="does not hold the model its adapter.json") as error:
         pesc.load(tmp_path / "adapter")
     for line in (
         "missing: model.layers.1.mlp.experts.down_proj",
@@ -170,7 +210,7 @@ def test_mismatches_are_listed_together(tmp_path: Path) -> None:
 
 def test_damaged_and_missing_files(tmp_path: Path) -> None:
     pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter.safetensors"
+    file = without_sums(tmp_path / "adapter") / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged or truncated"):
         pesc.load(tmp_path / "adapter")

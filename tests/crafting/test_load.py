@@ -10,12 +10,14 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from checkpoints import tiny_dense
+from checkpoints import tiny_dense, without_sums
 from pesc import PescConfig, add_lora, craft, craft_checkpoint, save_adapter
 from pesc.crafting import sources
 from pesc.crafting.embedded import EMBEDDED
+from pesc.crafting.info import describe
 from pesc.crafting.load import load, load_tokenizer, locate
 from pesc.crafting.sources import resolve
+from pesc.interop.verify.verify import verify
 
 
 def test_folders_load_and_remember_their_name(tmp_path: Path) -> None:
@@ -57,6 +59,11 @@ def test_missing_and_truncated_weights(tmp_path: Path) -> None:
         load(folder)
 
 
+def verify_errors(path: Path) -> None:
+    if errors := [finding.message for finding in verify(path).findings if finding.severity == "error"]:
+        raise ValueError("; ".join(errors))
+
+
 def change(folder: Path, **tensors: torch.Tensor | None) -> Path:
     """Replace tensors of a checkpoint; None removes one. Two underscores stand for a dot."""
     held = load_file(folder / "model.safetensors")
@@ -79,10 +86,72 @@ def test_a_dense_model_with_missing_tensors_is_never_filled_in(tmp_path: Path) -
 
 def test_a_crafted_model_under_a_dense_model_type_keeps_its_experts_or_is_refused(tmp_path: Path) -> None:
     out = craft_checkpoint(tiny_dense(tmp_path / "dense"), tmp_path / "out", PescConfig(num_experts=2, adapter_dim=4))
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"model_type": "llama", "architectures": None}))
-    with pytest.raises(ValueError, match="load this folder with AutoModelForCausalLM, after `import pesc`"):
-        load(out)
+    file = without_sums(out) / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "llama", "architectures": None}
+    file.write_text(json.dumps(config))
+    for read in (load, describe, verify_errors):
+        with pytest.raises(
+            ValueError, match=r"model_type \('llama'\) must be 'pesc', as it has pesc and base_model_type"
+        ):
+            read(out)
+    for key in ("pesc", "base_model_type"):
+        del config[key]
+    file.write_text(json.dumps(config))
+    for read in (load, describe, verify_errors):
+        with pytest.raises(
+            ValueError, match=r"holds experts of a crafted model \(model.layers.0.mlp.experts.up_proj\)"
+        ):
+            read(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    craft(load(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=2, adapter_dim=4)).save_pretrained(
+        tmp_path / "out"
+    )
+    for folder in (tmp_path / "dense", tmp_path / "out"):
+        change(folder, model__layers__0__mlp__up_proj__weight=torch.ones(48, 32).to(dtype))
+        with pytest.raises(ValueError, match="wrong dtype: model.layers.0.mlp.up_proj.weight is"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights must be left out"),
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers \(1000000\) must be at most 1000"),
+        ({"vocab_size": 10**9}, "wrong shape: model.embed_tokens.weight"),
+        ({"vocab_size": 10**400}, "no model can be built|no config that transformers can read"),
+        ({"num_attention_heads": 0}, "no model can be built|no config that transformers can read"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be built"),
+        ({"rope_parameters": [1]}, "no config that transformers can read"),
+        ({"pad_token_id": 10**6}, "no model can be built"),
+    ],
+)
+def test_nonsense_in_a_config_is_one_line_that_names_it(tmp_path: Path, changes: dict, message: str) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    for read in (load, describe):
+        with pytest.raises(ValueError, match=message) as error:
+            read(folder)
+        assert str(folder) in str(error.value).splitlines()[0]
+
+
+def test_a_config_nested_without_end_is_no_config(tmp_path: Path) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    (folder / "config.json").write_text("[" * 10**5 + "]" * 10**5)
+    with pytest.raises(ValueError, match=r"config.json is no valid JSON"):
+        load(folder)
+
+
+def test_another_adapter_in_the_folder_would_change_the_base_and_is_refused(tmp_path: Path) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "elsewhere", "peft_type": "LORA"})
+    )
+    with pytest.raises(ValueError, match=r"adapter_config.json beside config.json"):
+        load(folder)
 
 
 def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:

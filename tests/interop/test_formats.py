@@ -10,15 +10,16 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import pesc
-from checkpoints import tiny_dense
+from checkpoints import tiny_dense, without_sums
 from families import disturb, tokens
 from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
 from pesc.interop.formats import FORMATS, export, import_checkpoint
+from pesc.interop.places import public_name
 from pesc.report.results import read_results, to_json
 from pesc.training.recipe import DataSettings, ModelSettings, OutputSettings
 from published import crafted
@@ -69,7 +70,8 @@ def test_a_run_becomes_a_standalone_folder(part: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(ids()).logits, expected, atol=1e-5, rtol=1e-5)
     assert pesc.load_tokenizer(out).chat_template == pesc.load_tokenizer(tmp_path / "base").chat_template
     assert (out / "LICENSE").read_text() == "the licence's text"
-    assert (out / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (recipe["model"]["name"], recipe["data"]["train"], "output" in recipe) == ("base", "rows.jsonl", False)
     assert read_results(out) == RESULTS
 
 
@@ -97,6 +99,57 @@ def test_the_card_says_what_the_model_is(tmp_path: Path) -> None:
     # Paths of the machine that trained it stay there.
     assert "/home/me" not in text
     assert str(tmp_path) not in text
+
+
+def test_no_export_names_a_folder_of_this_machine(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "here", **GATED)
+    for format in ("pesc", "adapter", "stock", "gguf-f16"):
+        out = export(run, tmp_path / f"{format}{FORMATS[format].suffix if format in FORMATS else ''}", format)
+        for file in [out] if out.is_file() else out.iterdir():
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+    settings = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+    assert settings["base_model"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/home/me/models/base", "base"),
+        ("/home/me/.cache/huggingface/hub/models--org--a--b/snapshots/0123abc", "org/a--b"),
+        ("~/base", "base"),
+        ("org/name", "org/name"),
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+    ],
+)
+def test_public_names(place: str, name: str) -> None:
+    assert public_name(place) == name
+
+
+def test_a_relative_folder_that_vanished_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "a", **GATED)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["name"], recipe["data"]["train"] = "a/base", "a/rows.jsonl"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a" / "base").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = export(run, tmp_path / "out", "pesc", base=tmp_path / "moved")
+    assert "base_model:" not in (out / "README.md").read_text()
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (recipe["model"]["name"], recipe["data"]["train"]) == ("base", "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [("a: [", "is no YAML"), ("- a", "must hold a mapping"), ("\0", "is no YAML")]
+)
+def test_a_recipe_that_cannot_be_read_is_named(text: str, fault: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, **GATED)
+    (run / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"recipe.yaml {fault}") as error:
+        export(run, tmp_path / "out", "pesc")
+    assert "\n" not in str(error.value)
+    (run / "recipe.yaml").write_text("data: [1]\nmodel: 3\n")
+    assert "Data: `unknown`" in (export(run, tmp_path / "out", "pesc") / "README.md").read_text()
 
 
 def test_a_crafted_folder_keeps_its_bytes(tmp_path: Path) -> None:
@@ -162,16 +215,40 @@ def test_a_run_goes_into_a_published_layout_lora_folded(tmp_path: Path) -> None:
 def test_an_adapter_is_copied_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path, **GATED)
     out = export(run, tmp_path / "out", "adapter")
-    assert sorted(path.name for path in out.iterdir()) == ["adapter.json", "adapter.safetensors"]
-    assert torch.equal(pesc.load(out)(ids()).logits, pesc.load(run)(ids()).logits)
+    assert sorted(path.name for path in out.iterdir()) == ["SHA256SUMS", "adapter.json", "adapter.safetensors"]
+    assert torch.equal(pesc.load(out, base=tmp_path / "base")(ids()).logits, pesc.load(run)(ids()).logits)
     crafted(tmp_path / "ours")
     with pytest.raises(ValueError, match="only a tuned run has an adapter. The nearest that can: --format pesc"):
         export(tmp_path / "ours", tmp_path / "no", "adapter")
 
 
+DAMAGED = {
+    "unexpected": {"model.layers.1.mlp.extra.weight": torch.ones(2, 2)},
+    "missing": {"model.layers.1.mlp.router.weight": None},
+    "holds 1 NaN": {"model.layers.1.mlp.router.weight": torch.tensor([[torch.nan, *range(31)], *torch.eye(3, 32)])},
+    "cannot choose": {"model.layers.1.mlp.router.weight": torch.zeros(4, 32)},
+    "damaged or truncated": {},
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+@pytest.mark.parametrize("format", ["adapter", "pesc"])
+def test_a_damaged_adapter_is_refused_in_one_line(format: str, fault: str, tmp_path: Path) -> None:
+    run = without_sums(make_run(tmp_path, **GATED))
+    file = run / "adapter" / "adapter.safetensors"
+    tensors = {name: tensor for name, tensor in (load_file(file) | DAMAGED[fault]).items() if tensor is not None}
+    save_file(tensors, file)
+    if not DAMAGED[fault]:
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=fault) as error:
+        export(run, tmp_path / "out", format)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_refusals_come_before_any_weight_is_read(tmp_path: Path) -> None:
     run = make_run(tmp_path, **GATED)
-    (run / "adapter" / "adapter.safetensors").unlink()
+    (without_sums(run) / "adapter" / "adapter.safetensors").unlink()
     with pytest.raises(ValueError, match=r"parallel \+ swiglu.*granitemoeshared"):
         export(run, tmp_path / "out", "camelidae")
     with pytest.raises(ValueError, match="its base is llama.*--format granitemoeshared"):
@@ -208,8 +285,6 @@ def test_unknown_formats_and_taken_names_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     crafted(tmp_path / "ours", **GATED)
     tensors = load_file(tmp_path / "ours" / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.down_proj"]

@@ -62,11 +62,20 @@ def test_other_things_in_a_bin_file_are_refused(tmp_path: Path) -> None:
         import_checkpoint(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1).expand(2**40), torch.zeros(4).to_sparse(), torch.zeros(4, device="meta")]
+)
+def test_tensors_whose_numbers_are_not_in_the_file_are_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"view": tensor}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold tensors only, but view are none"):
+        Weights(tmp_path)
+
+
 def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     source = Checkpoint().save(tmp_path / "source", shards=2)
     index = source / "model.safetensors.index.json"
     save_file({"secret": torch.zeros(1)}, tmp_path / "elsewhere.safetensors")
-    index.write_text(json.dumps({"weight_map": {"secret": "../elsewhere.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"secret": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="files must lie in the folder itself"):
         import_checkpoint(source, tmp_path / "out")
 
@@ -81,5 +90,5 @@ def test_one_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> No
     torch.save({"new": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     torch.save({"old": torch.ones(1)}, tmp_path / "pytorch_model-00001-of-00001.bin")
     weight_map = {"old": "pytorch_model-00001-of-00001.bin"}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert list(Weights(tmp_path).tensors) == ["new"]

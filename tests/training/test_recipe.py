@@ -24,6 +24,13 @@ def recipe(tmp_path: Path, text: str, *changes: str) -> Recipe:
     return load_recipe(path, changes)
 
 
+def test_a_run_never_takes_the_name_of_its_base(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {name: org/name}\ndata: {train: rows.jsonl}\noutput: {folder: org/name}\n")
+    with pytest.raises(ValueError, match=r"output.folder \(org/name\) must not be model.name"):
+        load_recipe(recipe, [])
+
+
 def test_defaults_and_changes(tmp_path: Path) -> None:
     changes = ["pesc.num_experts=4", "lora.alpha=3", "training.steps=7", "training.learning_rate=1e-3"]
     loaded = recipe(tmp_path, MINIMAL + "lora: {r: 8}\n", *changes, "output.folder=2026-11-24")

@@ -1,31 +1,39 @@
 """The adapter folder: LoRA and experts of a tuned model in one small folder, without its base.
 
 adapter.safetensors   every LoRA, router and expert tensor, once, under the name it has in the model
-adapter.json          the base by name and hash, the method's settings, the LoRA's settings
+adapter.json          the base by name and hashes, the method's settings, the LoRA's settings
+SHA256SUMS            hashes of the two
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pesc.config import PescConfig
 from pesc.crafting.lora import LORA_NAME, adapter_tensors, refuse_unsavable
+from pesc.crafting.skeleton import refuse_absurd_numbers, refused_in_one_line
 from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns
-from pesc.storage.compare import compare_tensors
+from pesc.storage.checksums import write_checksums
+from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.files import new_folder, read_json, write_json
 from pesc.storage.weights import Weights, weights_hash
 
 ADAPTER = "adapter"
 """The adapter folder's name in a run and in a checkpoint of one."""
 ADAPTER_JSON, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
+_COSMETIC = ("_name_or_path", "architectures", "auto_map", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class AdapterSettings:
     """A folder, a hub id, or the embedded model's name."""
     base_sha256: str
     """Of the base's weight files, as `weights_hash` computes it."""
+    base_config_sha256: str
+    """Of the base's config.json, as `config_hash` computes it."""
     pesc: PescConfig | None
     """The experts; None for a dense model tuned with LoRA alone."""
     lora: dict[str, Any] | None
@@ -50,14 +60,20 @@ class AdapterSettings:
             ValueError: the file lacks a setting, or one breaks its rule.
         """
         path, values = folder / ADAPTER_JSON, read_json(folder / ADAPTER_JSON)
-        kinds = {"base_model": str, "base_sha256": str, "pesc": dict | None, "lora": dict | None}
+        refuse_absurd_numbers(values, path)
+        kinds: dict[str, Any] = dict.fromkeys(("base_model", "base_sha256", "base_config_sha256"), str)
+        kinds |= dict.fromkeys(("pesc", "lora"), dict | None)
         if missing := [key for key in kinds if key not in values]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged")
+            raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged, or of an older version of pesc")
         wrong = [f"{key} ({values[key]!r})" for key, kind in kinds.items() if not isinstance(values[key], kind)]
         if wrong:
             raise ValueError(f"{path}: {', '.join(wrong)} must be of another type: it is damaged")
-        pesc_config = None if values["pesc"] is None else PescConfig.from_dict(values["pesc"])
-        return cls(values["base_model"], values["base_sha256"], pesc_config, values["lora"])
+        with refused_in_one_line(str(path)):
+            if patterns := _patterns(values["lora"] or {}):
+                raise ValueError(f"lora: {', '.join(patterns)} must be names of modules, not regular expressions")
+            LoraConfig(**values["lora"] or {})
+            pesc_config = None if values["pesc"] is None else PescConfig.from_dict(values["pesc"])
+        return cls(**{key: values[key] for key in kinds} | {"pesc": pesc_config})
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> AdapterSettings:
@@ -75,8 +91,9 @@ class AdapterSettings:
         return cls(
             base_model=str(folder.resolve()) if folder == Path(base).expanduser() else base,
             base_sha256=weights_hash(folder),
+            base_config_sha256=config_hash(folder),
             pesc=model.config.pesc_config if crafted_ffns(model) else None,
-            lora=_lora_settings(loras[LORA_NAME]) if loras else None,
+            lora=_lora_settings(loras[LORA_NAME], model) if loras else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,7 +134,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
 
 
 def write_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the two files of an adapter folder into a folder that is there; see `save_adapter`."""
+    """Write an adapter folder's files into a folder that is there; see `save_adapter`."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} wraps the model: give LoRA to the model itself with pesc.add_lora(model, config)"
@@ -128,6 +145,19 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     settings = AdapterSettings.of(model)
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     write_json(folder / ADAPTER_JSON, settings.to_dict(), sort_keys=True)
+    write_checksums(folder, [ADAPTER_JSON, ADAPTER_WEIGHTS])
+
+
+def config_hash(folder: Path) -> str:
+    """SHA-256 of what a model's config.json says of the computation: not of how it is written, or by whom.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_json` does.
+    """
+    values = {key: value for key, value in read_json(folder / "config.json").items() if key not in _COSMETIC}
+    if "torch_dtype" in values:
+        values.setdefault("dtype", values.pop("torch_dtype"))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def adapter_weights(folder: Path) -> Weights:
@@ -150,16 +180,51 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         FileNotFoundError, ValueError: as `adapter_weights` does.
         ValueError: listing every missing, unexpected and misshapen tensor.
     """
-    expected, weights = adapter_tensors(model), adapter_weights(folder)
-    differences = compare_tensors({name: p.shape for name, p in expected.items()}, weights.shapes)
-    differences.refuse(f"{folder} does not fit its base and settings", "in the model")
+    weights = adapter_weights(folder)
+    adapter_differences(model, weights).refuse(f"{folder} does not fit its base and settings", "in the model")
     with torch.no_grad():
-        for name, parameter in expected.items():
+        for name, parameter in adapter_tensors(model).items():
             parameter.copy_(weights.read(name))
 
 
-def _lora_settings(lora: LoraConfig) -> dict[str, Any]:
+def adapter_differences(model: PreTrainedModel, weights: Weights) -> TensorDifferences:
+    """How an adapter's tensors differ from those of a model with its LoRA and experts."""
+    differences = compare_tensors({name: p.shape for name, p in adapter_tensors(model).items()}, weights.shapes)
+    differences.others += weights.not_floating(weights.tensors)
+    return differences
+
+
+def _lora_settings(lora: LoraConfig, model: PreTrainedModel) -> dict[str, Any]:
     default = LoraConfig().to_dict()
     changed = {key: value for key, value in lora.to_dict().items() if value != default.get(key)}
     changed.pop("base_model_name_or_path", None)
+    if _patterns(changed):
+        changed = {key: value for key, value in changed.items() if key not in _SELECTORS} | _exact(model, lora)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
+
+
+_PATTERNS = ("layers_pattern", "rank_pattern", "alpha_pattern")
+_SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", *_PATTERNS)
+
+
+def _patterns(lora: dict[str, Any]) -> list[str]:
+    """Names of the settings that peft would match as regular expressions, which may take for ever."""
+    texts: dict[str, Any] = {name: lora.get(name) or () for name in _SELECTORS}
+    return [
+        name
+        for name, value in texts.items()
+        if (isinstance(value, str) and value != "all-linear")
+        or (name in _PATTERNS and any(not re.fullmatch(r"[\w.]+", str(key)) for key in value))
+    ]
+
+
+def _exact(model: PreTrainedModel, lora: LoraConfig) -> dict[str, Any]:
+    """The settings that choose the same modules by their full names."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    ranks = {name: module.r[LORA_NAME] for name, module in modules.items()}
+    alphas = {name: module.lora_alpha[LORA_NAME] for name, module in modules.items()}
+    return {
+        "target_modules": set(modules),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != lora.r},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora.lora_alpha},
+    }

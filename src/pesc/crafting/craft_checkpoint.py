@@ -15,6 +15,7 @@ from pesc.crafting.families import refuse_moe
 from pesc.crafting.load import locate
 from pesc.crafting.skeleton import differences_from, names_in_model, skeleton_of
 from pesc.crafting.surgery import crafted_ffns, new_expert_tensors
+from pesc.storage.checksums import write_checksums
 from pesc.storage.files import link_or_copy, new_folder, write_json
 from pesc.storage.weights import INDEX, SINGLE, Weights
 
@@ -26,7 +27,8 @@ DENSE_SHARD = "model-dense.safetensors"
 def craft_checkpoint(model: str | Path, out: str | Path, pesc_config: PescConfig) -> Path:
     """Write the crafted model of a dense checkpoint.
 
-    Peak memory is that of the new weights; time is that of writing them.
+    Peak memory is that of the new weights; time is that of writing them, and of hashing all, dense ones included: some
+    seconds for 10 GB.
 
     Args:
         model: a dense model that `locate` finds; safetensors only.
@@ -67,6 +69,7 @@ def craft_checkpoint(model: str | Path, out: str | Path, pesc_config: PescConfig
         skeleton.config.dtype = ref.config.dtype or dtype
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.save_pretrained(folder)
+        write_checksums(folder)
     return out
 
 

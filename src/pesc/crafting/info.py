@@ -12,6 +12,7 @@ import torch
 from pesc.crafting.cost import count_parameters
 from pesc.crafting.load import locate
 from pesc.crafting.surgery import expert_parameters
+from pesc.storage.compare import TensorDifferences
 from pesc.storage.weights import Weights
 
 
@@ -49,15 +50,21 @@ class ModelInfo:
         return asdict(self)
 
 
-def describe(path: str | Path) -> ModelInfo:
-    """Describe a model by the same paths that `pesc.load` takes.
+def describe(path: str | Path, *, base: str | Path | None = None) -> ModelInfo:
+    """Describe a model by the same paths, and the same `base`, that `pesc.load` takes.
 
     Raises:
-        FileNotFoundError, ValueError: for a path that is no model, or whose files are damaged.
+        FileNotFoundError, ValueError: for a path that is no model, or whose files are damaged; routers and experts
+            that are missing or misshapen are no error, but part of the description.
     """
-    ref = locate(path)
+    ref = locate(path, base=base)
     weights, model, config = ref.weights(), ref.skeleton(folded=False), ref.config
     experts, differences = expert_parameters(model), ref.differences(weights)
+    TensorDifferences(
+        missing=[name for name in differences.missing if name not in experts],
+        misshapen={name: shapes for name, shapes in differences.misshapen.items() if name not in experts},
+        others=differences.others,
+    ).refuse(f"{ref.folder} does not hold the model its config describes")
     pesc_config, settings = ref.pesc_config, ref.settings if ref.kind == "adapter" else None
     return ModelInfo(
         path=str(path),
@@ -74,7 +81,7 @@ def describe(path: str | Path) -> ModelInfo:
         crafted_layers=list(pesc_config.for_layers(config.num_hidden_layers)) if pesc_config else [],
         missing=[name for name in differences.missing if name in experts],
         wrong_shape=[name for name in differences.misshapen if name in experts],
-        untouched=_untouched(experts, weights),
+        untouched=_untouched((name for name in experts if name not in differences.misshapen), weights),
     )
 
 

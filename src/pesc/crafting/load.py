@@ -10,23 +10,37 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.config import MODEL_TYPE, PescConfig
-from pesc.crafting.adapter import ADAPTER, ADAPTER_JSON, AdapterSettings, adapter_weights, load_adapter_weights
+from pesc.crafting.adapter import (
+    ADAPTER,
+    ADAPTER_JSON,
+    AdapterSettings,
+    adapter_differences,
+    adapter_weights,
+    config_hash,
+    load_adapter_weights,
+)
 from pesc.crafting.configuration import crafted_config
 from pesc.crafting.craft import craft
-from pesc.crafting.lora import adapter_tensors, add_lora, fold
+from pesc.crafting.lora import add_lora, fold
 from pesc.crafting.modeling import loading_differences
-from pesc.crafting.skeleton import BAD_CONFIG, differences_from, skeleton_of
+from pesc.crafting.skeleton import (
+    differences_from,
+    refuse_absurd_numbers,
+    refused_in_one_line,
+    skeleton_of,
+)
 from pesc.crafting.sources import resolve
-from pesc.storage.compare import TensorDifferences, compare_tensors
+from pesc.storage.checksums import SMALL, check_checksums
+from pesc.storage.compare import TensorDifferences
 from pesc.storage.files import read_json
 from pesc.storage.weights import Weights, weights_hash
 
 Kind = Literal["dense", "crafted", "adapter"]
 RECIPE = "recipe.yaml"
+_TEXTS, _MOST_TEXT = (".json", ".jinja", ".txt", ".model"), 256 * 1024**2
 _EXPERTS = re.compile(r"\.(router|experts|moe_adapter)\.")
 
 
@@ -70,7 +84,7 @@ class ModelRef:
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{self.folder} needs its base {base} (sha256 {self.settings.base_sha256[:12]}…), which is not there: "
-                f"{error}; if it moved, name its new place: pesc.load(…, base=…)"
+                f"{error}; if it moved, name its new place with --base, or pesc.load(…, base=…)"
             ) from error
 
     @cached_property
@@ -81,7 +95,7 @@ class ModelRef:
             FileNotFoundError, ValueError: the config is not there, or transformers cannot read it.
         """
         if self.kind != "adapter":
-            return _read_config(self.folder, self.name)
+            return self._read_config()
         dense = self.base.config
         if self.settings.pesc is None or self.base.kind == "crafted":
             return dense
@@ -114,7 +128,9 @@ class ModelRef:
 
     @cached_property
     def _tuned_skeleton(self) -> PreTrainedModel:
-        return add_lora(skeleton_of(self.config), LoraConfig(**self.settings.lora or {}))
+        skeleton = skeleton_of(self.config)
+        with refused_in_one_line(f"{self.folder / ADAPTER_JSON}: no model has this LoRA"):
+            return add_lora(skeleton, LoraConfig(**self.settings.lora or {}))
 
     def differences(self, weights: Weights | None = None) -> TensorDifferences:
         """How its files differ from what its config, or an adapter's settings, promise.
@@ -125,16 +141,25 @@ class ModelRef:
         weights, skeleton = weights or self.weights(), self.skeleton(folded=False)
         if self.kind != "adapter":
             return differences_from(skeleton, weights)
-        expected = {name: tuple(tensor.shape) for name, tensor in adapter_tensors(skeleton).items()}
-        return compare_tensors(expected, weights.shapes)
+        return adapter_differences(skeleton, weights)
 
     def weights(self) -> Weights:
         """The tensors of its own files: of an adapter, without the base's.
 
         Raises:
             FileNotFoundError, ValueError: as `Weights` does.
+            ValueError: for a crafted model's experts under a dense model's config.
         """
-        return adapter_weights(self.folder) if self.kind == "adapter" else Weights(self.folder)
+        if self.kind == "adapter":
+            return adapter_weights(self.folder)
+        weights = Weights(self.folder)
+        lost = [name for name in weights.tensors if name.endswith(".experts.up_proj")]
+        if self.kind == "dense" and lost:
+            raise ValueError(
+                f"{self.folder} holds experts of a crafted model ({lost[0]}), but its config.json is a dense model's: "
+                "put the config.json back that was saved with them"
+            )
+        return weights
 
     def complete_weights(self) -> Weights:
         """`weights`, after a comparison with the skeleton.
@@ -143,7 +168,8 @@ class ModelRef:
             FileNotFoundError, ValueError: as `weights` does; also listing every difference.
         """
         weights = self.weights()
-        self.differences(weights).refuse(f"{self.name} does not hold the model its config describes")
+        promise = "its config describes" if self.kind != "adapter" else "its adapter.json and its base describe"
+        self.differences(weights).refuse(f"{self.folder} does not hold the model {promise}")
         return weights
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -151,14 +177,18 @@ class ModelRef:
 
         Raises:
             FileNotFoundError: the model has none.
+            ValueError: it has no token to pad with.
         """
         folder = self.base.folder
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({error})") from error
+        except Exception as error:  # the package tokenizers raises no narrower class
+            reason = " ".join(str(error).split())[:300]
+            raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({reason})") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError(f"{folder}: the tokenizer must name an eos_token or a pad_token in tokenizer_config.json")
         return tokenizer
 
     def load(self, *, folded: bool = False, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
@@ -176,7 +206,9 @@ class ModelRef:
         """
         if self.kind != "adapter":
             return _load_model(self, {"dtype": dtype} | kwargs)
+        check_checksums(self.folder)
         self.check_base()
+        self.complete_weights()
         model = self.base.load(dtype=dtype, **kwargs)
         if self.settings.pesc is not None and self.base.kind == "dense":
             craft(model, self.settings.pesc)
@@ -188,18 +220,29 @@ class ModelRef:
         return fold(model.eval()) if folded else model.eval()
 
     def check_base(self) -> None:
-        """Compare the hash of an adapter's base with the one that it was trained on.
+        """Compare the hashes of an adapter's base with those that it was trained on.
 
         Raises:
             FileNotFoundError: the base is not there.
-            ValueError: the hashes differ.
+            ValueError: its weights or its config are others.
         """
-        wanted, found = self.settings.base_sha256, weights_hash(self.base.folder)
-        if found != wanted:
-            raise ValueError(
-                f"{self.folder} was trained on {self.settings.base_model} with weights of sha256 {wanted[:12]}…, but "
-                f"{self.base.name} now has {found[:12]}…: it needs the weights it was trained on"
-            )
+        settings, folder = self.settings, self.base.folder
+        for what, wanted, hash_of in (
+            ("weights", settings.base_sha256, weights_hash),
+            ("config.json", settings.base_config_sha256, config_hash),
+        ):
+            if (found := hash_of(folder)) != wanted:
+                raise ValueError(
+                    f"{self.folder} was trained on {settings.base_model} with {what} of sha256 {wanted[:12]}…, but "
+                    f"{self.base.name} now has {found[:12]}…: it needs the {what} it was trained on"
+                )
+
+    def _read_config(self) -> Any:
+        file = self.folder / "config.json"
+        with refused_in_one_line(f"{file} is no config that transformers can read"):
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        config.name_or_path = self.name
+        return config
 
 
 def locate(path: str | Path, *, base: str | Path | None = None, pickled: bool = False) -> ModelRef:
@@ -220,6 +263,7 @@ def locate(path: str | Path, *, base: str | Path | None = None, pickled: bool = 
     places = (given,) if (given / "config.json").is_file() else (given, given / ADAPTER)
     for folder in places:
         if (folder / ADAPTER_JSON).is_file():
+            check_checksums(folder, SMALL)
             return ModelRef(str(path), folder, "adapter", None if base is None else str(base))
     return _standalone(path, pickled=pickled)
 
@@ -255,34 +299,42 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
     folder = resolve(path, pickled=pickled)
-    crafted = read_json(folder / "config.json").get("model_type") == MODEL_TYPE
-    return ModelRef(str(path), folder, "crafted" if crafted else "dense")
-
-
-def _read_config(folder: Path, name: str) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except BAD_CONFIG as error:
-        raise ValueError(f"{folder / 'config.json'} is no config that transformers can read: {error}") from error
-    config.name_or_path = name
-    return config
+    file = folder / "config.json"
+    for text in (file for file in folder.iterdir() if file.suffix in _TEXTS and file.is_file()):
+        if (size := text.stat().st_size) > _MOST_TEXT:
+            raise ValueError(f"{text} has {size} bytes, more than the {_MOST_TEXT} that are read: it is damaged")
+    values = read_json(file)
+    check_checksums(folder, SMALL)
+    refuse_absurd_numbers(values, file)
+    model_type, ours = values.get("model_type"), [key for key in ("pesc", "base_model_type") if key in values]
+    if ours and model_type != MODEL_TYPE:
+        raise ValueError(f"{file}: model_type ({model_type!r}) must be {MODEL_TYPE!r}, as it has {' and '.join(ours)}")
+    if "transformers_weights" in values:
+        raise ValueError(f"{file}: transformers_weights must be left out: weights have the usual names here")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter_config.json beside config.json, so that transformers would load the model "
+            "that it names: remove it, or merge that adapter"
+        )
+    return ModelRef(str(path), folder, "crafted" if model_type == MODEL_TYPE else "dense")
 
 
 def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
+    differences, fault = ref.differences(), f"{ref.folder} does not hold the model its config describes"
     if ref.kind == "dense":
         # With it off, transformers raises at the first kind of problem; the complete list is made below.
         options["ignore_mismatched_sizes"] = True
-    try:
+        differences.unexpected = []
+    if getattr(ref.config, "quantization_config", None):
+        differences = TensorDifferences(others=differences.others)
+    differences.refuse(fault)
+    with refused_in_one_line(f"{ref.folder} cannot be loaded"):
         loaded, info = AutoModelForCausalLM.from_pretrained(
             ref.folder, output_loading_info=True, trust_remote_code=False, **options
         )
-    except OSError as error:
-        raise FileNotFoundError(f"{ref.folder}: {str(error).splitlines()[0]}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{ref.folder}: a weight file is damaged or truncated ({error}); download it again") from error
     differences = loading_differences(info)
     # A dense family may leave tensors aside (old buffers, heads for other tasks); experts are never left aside.
     differences.unexpected = [key for key in differences.unexpected if _EXPERTS.search(key)]
-    differences.refuse(f"{ref.folder} does not hold the model its config describes")
+    differences.refuse(fault)
     loaded.config.name_or_path = ref.name
     return loaded.eval()

@@ -29,6 +29,7 @@ from pesc.crafting.surgery import add_experts
 from pesc.method.backends import AUTO
 from pesc.method.extend import Extension, extend_class
 from pesc.method.losses import carry_loss
+from pesc.storage.checksums import SUMS
 from pesc.storage.compare import TensorDifferences
 from pesc.storage.files import link_or_copy
 from pesc.storage.weights import SINGLE
@@ -95,6 +96,7 @@ class PescForCausalLM(Extension, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a standalone folder; while the model carries LoRA, the adapter's files, as `pesc.save_adapter` does."""
         if not getattr(self, "_hf_peft_config_loaded", False):
+            (Path(save_directory) / SUMS).unlink(missing_ok=True)  # of what was saved there before
             super().save_pretrained(save_directory, *args, **kwargs)
         elif kwargs.get("is_main_process", True):
             from pesc.crafting.adapter import ADAPTER_WEIGHTS, write_adapter

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from pesc.crafting.load import RECIPE, ModelRef
-from pesc.report.results import RESULTS, Results, read_results
+from pesc.interop.places import is_hub_id, public_name, public_recipe, public_results
+from pesc.report.results import RESULTS, Results, read_results, to_json
 
 CARD = "README.md"
 _USE = """## Use
@@ -31,18 +32,25 @@ def licence_of(folder: Path) -> str | None:
 
 
 def write_card(target: Path, ref: ModelRef) -> None:
-    """Write README.md into an exported folder, named after it.
+    """Write README.md into an exported folder, named after it; and the run's recipe and results, if they are there.
 
     Args:
         target: the folder.
-        ref: the model. Its run's recipe.yaml and results.json are quoted, if they are there.
+        ref: the model.
+
+    Raises:
+        ValueError: the recipe or the results cannot be read.
     """
-    recipe = _yaml(ref.run / RECIPE) if ref.run else None
-    results = read_results(ref.run) if ref.run and (ref.run / RESULTS).is_file() else None
-    base = ref.base.name if ref.kind == "adapter" else ""
+    base = public_name(ref.settings.base_model) if ref.kind == "adapter" else ""
+    recipe = public_recipe(_yaml(ref.run / RECIPE), base) if ref.run else None
+    results = public_results(read_results(ref.run)) if ref.run and (ref.run / RESULTS).is_file() else None
+    if recipe:
+        (target / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    if results:
+        (target / RESULTS).write_text(to_json(results), encoding="utf-8")
     matter = _matter(base, ref.base.folder, crafted=ref.pesc_config is not None)
     family = getattr(ref.config, "base_model_type", None) or ref.config.model_type
-    shown = matter.get("base_model") or Path(base).name or f"a dense {family} model"
+    shown = matter.get("base_model") or base or f"a dense {family} model"
     sections = [
         f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
         f"# {target.name}",
@@ -58,17 +66,13 @@ def write_card(target: Path, ref: ModelRef) -> None:
 
 def _matter(base: str, base_folder: Path, *, crafted: bool) -> dict[str, Any]:
     own = _front_matter(base_folder)
-    known = base if _is_hub_id(base) else own.get("base_model")
+    known = base if is_hub_id(base) else own.get("base_model")
     values: dict[str, Any] = {"license": licence_of(base_folder) or "unknown"}
     values |= {key: own[key] for key in ("license_name", "license_link", "language") if key in own}
-    if isinstance(known, str) and _is_hub_id(known):
+    if isinstance(known, str) and is_hub_id(known):
         values["base_model"] = known
     values |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     return values | {"tags": ["pesc", "mixture-of-experts"] if crafted else ["lora"]}
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:
@@ -86,9 +90,12 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}): mend it, or remove it") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping, found {type(values).__name__}")
+        raise ValueError(f"{path} must hold a mapping, found {type(values).__name__}: mend it, or remove it")
     return values
 
 
@@ -114,22 +121,13 @@ def _what(ref: ModelRef, base: str) -> str:
 def _training(recipe: dict[str, Any] | None, results: Results | None) -> str:
     if recipe is None:
         return "## Training\n\nNo recipe was found beside the model."
-    shown = _without_places(recipe)
-    data = f"Data: `{shown.get('data', {}).get('train', 'unknown')}`; every answer of the assistant is trained on."
+    settings = recipe.get("data")
+    train = settings.get("train", "unknown") if isinstance(settings, dict) else "unknown"
+    data = f"Data: `{train}`; every answer of the assistant is trained on."
     lines = [f"- {s.domain}: {s.source} ({s.licence})" for s in results.sources] if results else []
     lines += [f"- {note}" for note in results.notes] if results else []
     listed = "\n\n" + "\n".join(lines) if lines else ""
-    return f"## Training\n\n{data}{listed}\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
-
-
-def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without folders of the machine it ran on: they are nobody else's business."""
-    shown = {section: dict(values) if isinstance(values, dict) else values for section, values in recipe.items()}
-    shown.pop("output", None)
-    for section, key in (("model", "name"), ("data", "train")):
-        if isinstance(values := shown.get(section), dict) and not _is_hub_id(str(values.get(key, ""))):
-            values[key] = Path(str(values.get(key, ""))).name
-    return shown
+    return f"## Training\n\n{data}{listed}\n\nRecipe:\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```"
 
 
 def _results(results: Results | None) -> str:

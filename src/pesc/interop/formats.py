@@ -13,6 +13,9 @@ from pesc.interop.gguf.exporter import GGUF
 from pesc.interop.published.exporter import PUBLISHED
 from pesc.interop.standalone import ADAPTER, STANDALONE
 from pesc.interop.stock import DEFAULT_FORMAT, STOCK
+from pesc.interop.verify.findings import Report
+from pesc.interop.verify.verify import check
+from pesc.storage.checksums import write_checksums
 from pesc.storage.files import new_file, new_folder, read_json
 from pesc.storage.weights import Weights
 
@@ -22,13 +25,16 @@ BEST_STOCK = "stock"
 """The name that stands for the stock architecture that suits a model's base best."""
 
 
-def export(model: str | Path, out: Path, format: str) -> Path:
-    """Write a model in another format; LoRA is folded into the weights, except by "adapter".
+def export(model: str | Path, out: Path, format: str, *, base: str | Path | None = None) -> Path:
+    """Write a model in another format, after `verify` has found it complete.
+
+    LoRA is folded into the weights, except by "adapter". Folders of this machine are not named in what is written.
 
     Args:
         model: a run, an adapter or a crafted folder, or a hub id of one.
         out: a folder that does not exist yet; for GGUF a file, ending in .gguf.
         format: a name in `FORMATS`, or "stock".
+        base: the place of an adapter's base, if it moved; its weights must be the same.
 
     Returns:
         `out`.
@@ -41,7 +47,7 @@ def export(model: str | Path, out: Path, format: str) -> Path:
     """
     if format not in (BEST_STOCK, *FORMATS):
         raise ValueError(f"format ({format!r}) must be one of {', '.join((BEST_STOCK, *FORMATS))}")
-    out, ref = Path(out), locate(model)
+    out, ref = Path(out), locate(model, base=base)
     if format == BEST_STOCK:
         format = DEFAULT_FORMAT.get(getattr(ref.config, "base_model_type", ""), "granitemoeshared")
     chosen = FORMATS[format]
@@ -49,8 +55,13 @@ def export(model: str | Path, out: Path, format: str) -> Path:
         raise ValueError(f"out ({out}) must be a file that ends in {chosen.suffix}, such as {out.name}{chosen.suffix}")
     if reasons := _reasons_against(chosen, ref):
         raise ValueError(f"{format} cannot hold {model}: {'; '.join(reasons)}. {_way_out(chosen, ref)}")
+    report = Report(str(model))
+    check(ref, report)
+    report.refuse()
     with new_file(out) if chosen.suffix else new_folder(out) as partial:
         chosen.write(ref, partial)
+        if not chosen.suffix:
+            write_checksums(partial)
     return out
 
 
@@ -82,6 +93,7 @@ def import_checkpoint(source: str | Path, out: Path) -> Path:
         )
     with new_folder(out) as partial:
         reader.read(ref.folder, values, weights, partial)
+        write_checksums(partial)
     return out
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pesc.crafting.load import RECIPE, ModelRef
+from pesc.crafting.adapter import ADAPTER_JSON, ADAPTER_WEIGHTS
+from pesc.crafting.load import ModelRef
 from pesc.interop.card import write_card
 from pesc.interop.format import Format
-from pesc.report.results import RESULTS
-from pesc.storage.files import copy_companions
+from pesc.interop.places import public_name
+from pesc.storage.files import copy_companions, read_json, write_json
 
 
 def _write_standalone(ref: ModelRef, out: Path) -> None:
@@ -20,16 +21,14 @@ def _write_standalone(ref: ModelRef, out: Path) -> None:
         for file in [ref.folder / "config.json", *ref.folder.glob("*.index.json"), *weights.files]:
             shutil.copyfile(file, out / file.name)
     copy_companions(ref.base.folder, out)
-    for name in (RECIPE, RESULTS):
-        if ref.run and (ref.run / name).is_file():
-            shutil.copyfile(ref.run / name, out / name)
     write_card(out, ref)
 
 
 def _write_adapter(ref: ModelRef, out: Path) -> None:
-    for file in ref.folder.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, out / file.name)
+    shutil.copyfile(ref.folder / ADAPTER_WEIGHTS, out / ADAPTER_WEIGHTS)
+    settings = read_json(ref.folder / ADAPTER_JSON)
+    settings["base_model"] = public_name(settings["base_model"])
+    write_json(out / ADAPTER_JSON, settings, sort_keys=True)
 
 
 def _no_adapter(ref: ModelRef) -> list[str]:

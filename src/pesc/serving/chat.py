@@ -97,12 +97,13 @@ class _Streamer(TextStreamer):
         self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
 
-def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
+def open_chat(model: str | Path, console: Console, *, base: str | Path | None = None, **settings: Any) -> Chat:
     """Load a model, fold its LoRA, and start a conversation.
 
     Args:
         model: whatever `pesc.load` takes.
         console: where answers are shown.
+        base: as for `pesc.load`.
         settings: the fields of `ChatSettings`.
 
     Raises:
@@ -111,7 +112,7 @@ def open_chat(model: str | Path, console: Console, **settings: Any) -> Chat:
     """
     checked = ChatSettings(**settings)
     with quiet_libraries():
-        ref = locate(model)
+        ref = locate(model, base=base)
         tokenizer = ref.tokenizer()
         render([{"role": "user", "content": ""}], tokenizer)
         loaded = ref.load(folded=True)

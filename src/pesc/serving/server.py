@@ -29,6 +29,7 @@ _NEEDED = ("fastapi", "uvicorn", "openai", "jinja2")
 def serve(
     model: str | Path,
     *,
+    base: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -38,6 +39,7 @@ def serve(
 
     Args:
         model: whatever `pesc.load` takes; the last part of its path is the name that clients ask for.
+        base: as for `pesc.load`.
         host: address to bind.
         port: 0 takes any free one.
         api_key: what clients must send; None is PESC_API_KEY from the environment. Without both, everyone who reaches
@@ -56,7 +58,7 @@ def serve(
         raise ValueError("engine ('vllm') is not installed here: pip install vllm, or use engine='transformers'")
     if not use_vllm and (missing := [package for package in _NEEDED if importlib.util.find_spec(package) is None]):
         raise ValueError(f'serving needs {", ".join(missing)}: pip install "pesc-moe[serve]"')
-    ref = locate(model)
+    ref = locate(model, base=base)
     _ = ref.base  # an adapter without its base cannot be served
     name = Path(os.path.abspath(Path(model).expanduser())).name
     with _bind(host, port) as listener:

@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is no model's folder, or not complete")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON ({error}): write or download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")

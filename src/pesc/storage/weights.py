@@ -6,6 +6,7 @@ import functools
 import hashlib
 import pickle
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 SHARD_BYTES = 2 * 1024**3
 REOPEN_BYTES = 256 * 1024**2
 """After so many bytes read, a safetensors file is opened anew: its pages stay with the process while it is open."""
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ class Weights:
         """Every tensor's shape by name."""
         return {name: info.shape for name, info in self.tensors.items()}
 
+    def not_floating(self, names: Iterable[str]) -> list[str]:
+        """A line for each of these tensors that is no floating-point one of 16 bits or more."""
+        dtypes = {name: self.tensors[name].dtype for name in sorted(names)}
+        return [
+            f"wrong dtype: {name} is {dtype}, and must be one of {', '.join(_FLOATING.values())}"
+            for name, dtype in dtypes.items()
+            if dtype not in _FLOATING.values()
+        ]
+
     @property
     def file_sizes(self) -> list[int]:
         """Bytes of each file."""
@@ -106,7 +116,7 @@ class Weights:
         for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
             part = tensors.get_slice(name)
             dtype = part.get_dtype()
-            found[name] = TensorInfo(tuple(part.get_shape()), _DTYPES.get(dtype, dtype.lower()), file)
+            found[name] = TensorInfo(tuple(part.get_shape()), _FLOATING.get(dtype, dtype.lower()), file)
         return found
 
     def _opened(self, file: Path) -> Any:
@@ -130,9 +140,12 @@ def _weight_files(folder: Path, *, pickled: bool) -> tuple[list[Path], Path | No
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    values = read_json(index)
+    weight_map, metadata = values.get("weight_map"), values.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ValueError(f"{index} is no index of a checkpoint, it has no weight_map: download it again")
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{index} has no metadata, which transformers needs: download it again, or add {{}}")
     return weight_map
 
 
@@ -232,12 +245,18 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         raise _damaged(file, _first_line(error)) from error
     if not isinstance(tensors, dict):
         raise ValueError(f"{file} must hold a dict of tensors, found {type(tensors).__name__}")
-    others = [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]
+    others = [str(name) for name, value in tensors.items() if not _is_stored(value)]
     if others:
         raise ValueError(
             f"{file} must hold tensors only, but {', '.join(others[:8])} are none: save its state dict alone"
         )
     return tensors
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers all lie in the file: no sparse one, no view of one number."""
+    dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 
 from pesc.config import PescConfig
+from pesc.crafting.embedded import EMBEDDED
 from pesc.rules import Settings, above, at_least, below
 from pesc.storage.files import write_text
 
@@ -95,7 +96,7 @@ class Recipe(Settings):
     """One training run.
 
     Raises:
-        ValueError: when pesc and lora are both None, so that nothing would train.
+        ValueError: when pesc and lora are both None, so that nothing would train; when the run has its base's name.
     """
 
     model: ModelSettings
@@ -106,6 +107,12 @@ class Recipe(Settings):
     data: DataSettings
     training: TrainingSettings = field(default_factory=TrainingSettings)
     output: OutputSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name, folder = self.model.name, self.output.folder
+        if name != EMBEDDED and Path(name).expanduser() == folder:
+            raise ValueError(f"output.folder ({folder}) must not be model.name: the run would hide its base")
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> Iterator[str]:

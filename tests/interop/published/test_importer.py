@@ -238,7 +238,7 @@ def test_companions_come_along_and_code_does_not(tmp_path: Path) -> None:
         (source / name).write_text("")
     folder = import_checkpoint(source, tmp_path / "out")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "LICENSE", "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json",
+        "LICENSE", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json",
     ]  # fmt: skip
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"eos": "</s>"}
     assert "auto_map" not in (folder / "config.json").read_text()

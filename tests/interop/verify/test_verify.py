@@ -12,6 +12,7 @@ import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from checkpoints import without_sums
 from families import FAMILIES, disturb, tiny_model
 from pesc import PescConfig, add_lora, craft, save_adapter
 from pesc.crafting.craft_checkpoint import craft_checkpoint
@@ -68,12 +69,14 @@ def test_lost_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
     )
     report = verify(tmp_path)
     assert not report.complete
-    assert report.facts["experts present"] == 8
+    assert report.facts["experts present"] == 4
     assert _messages(report) == [
+        "8 of 12 experts are not complete: layer 0: 0, 1, 2, 3; layer 1: 0, 1, 2, 3",
         "missing: model.layers.0.mlp.experts.down_proj",
         "missing: model.layers.1.mlp.experts.up_proj",
         "unexpected: model.layers.2.mlp.experts.extra",
         "wrong shape: model.layers.2.mlp.router.weight is [5, 32] in the file, [4, 32] by the config",
+        "model.layers.2.mlp.router.weight gives all experts the same score, so this router cannot choose",
     ]
 
 
@@ -84,7 +87,7 @@ def test_spoiled_values_are_found(tmp_path: Path) -> None:
     down[1] = 0
     up[3], down[3] = up[2], down[2]
     blank_up, blank_down = (tensors[f"model.layers.2.mlp.experts.{name}_proj"] for name in ("up", "down"))
-    blank_up[0], blank_down[0] = 0, 0
+    blank_up[0], blank_down[0], blank_up[3] = 0, 0, 0
     norm = tensors["model.norm.weight"].bfloat16()
     norm[:3], norm[5] = torch.nan, torch.inf
     _change(
@@ -99,10 +102,10 @@ def test_spoiled_values_are_found(tmp_path: Path) -> None:
     errors, warnings = _messages(report), _messages(report, "warning")
     assert not report.complete
     assert errors[0] == "model.norm.weight holds 3 NaN and 1 inf"
-    assert errors[1].startswith("blank experts: 1 (") and "model.layers.2.mlp: 0" in errors[1]
-    assert errors[2] == "2 experts are duplicates, bit for bit: model.layers.0.mlp: 2, 3"
+    assert errors[1].startswith("blank experts: 2 (") and "layer 2: 0, 3" in errors[1]
+    assert errors[2] == "2 experts are duplicates, bit for bit: layer 0: 2, 3"
     assert "dtypes are mixed" in warnings[0] and "1 tensors of bfloat16" in warnings[0]
-    assert "untouched experts: 1 (" in warnings[1] and "model.layers.0.mlp: 1" in warnings[1]
+    assert "untouched experts: 1 (" in warnings[1] and "layer 0: 1" in warnings[1]
 
 
 def test_untouched_experts_alone_do_not_fail(tmp_path: Path) -> None:
@@ -120,9 +123,28 @@ def test_a_broken_config_is_a_finding(content: str, tmp_path: Path) -> None:
 
 
 NONSENSE = {
-    "ours": {"hidden_size": 0, "head_dim": -1, "dtype": "x", "vocab_size": 0, "quantization_config": [1]},
-    "camelidae": {"auto_map": [1], "architectures": 1, "num_attention_heads": 0, "torch_dtype": {}},
-    "stock": {"num_hidden_layers": "x", "mlp_only_layers": 1},
+    "ours": {
+        "hidden_size": 0,
+        "rms_norm_eps": float("nan"),
+        "head_dim": -1,
+        "dtype": "x",
+        "vocab_size": 0,
+        "quantization_config": [1],
+    },
+    "camelidae": {
+        "auto_map": [1],
+        "architectures": 1,
+        "rms_norm_eps": -1.0,
+        "num_attention_heads": 0,
+        "torch_dtype": {},
+    },
+    "stock": {
+        "num_hidden_layers": "x",
+        "rope_parameters": {"rope_theta": float("inf")},
+        "rms_norm_eps": None,
+        "num_local_experts": 3,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -254,9 +276,71 @@ def test_stock_architectures(name: str, tmp_path: Path) -> None:
     assert (report.facts["experts promised"], report.facts["experts present"]) == (12, 12)
     experts = [key for key in load_file(tmp_path / "model.safetensors") if "moe." in key or ".experts." in key]
     part = [key for key in experts if ".1." in key and (".experts.3." in key or "output_linear" in key)][-1]
-    assert "experts are lost" in _messages(verify(_change(tmp_path, **{part: None})))[0]
+    assert "of 12 experts are not complete: layer 1: " in _messages(verify(_change(tmp_path, **{part: None})))[0]
     layer = {key: None for key in experts if "layers.2." in key}
-    assert "2 of 3 layers have experts" in _messages(verify(_change(tmp_path, **layer)))[0]
+    assert _messages(verify(_change(tmp_path, **layer)))[0].endswith("; layer 2: 0, 1, 2, 3")
+
+
+STOCK_EXPORTS = {"granitemoeshared": "llama", "qwen2_moe": "qwen2", "qwen3_next": "qwen3"}
+
+
+@pytest.mark.parametrize("format", STOCK_EXPORTS)
+def test_every_tensor_of_a_stock_export_counts(format: str, tmp_path: Path) -> None:
+    crafted(tmp_path / "ours", STOCK_EXPORTS[format], {"tie_word_embeddings": False}, **GATED)
+    out = without_sums(export(tmp_path / "ours", tmp_path / "out", format))
+    report = verify(out)
+    assert report.findings == [] and report.facts["experts present"] == 12
+    whole = load_file(out / "model.safetensors")
+    of_the_middle = [name for name in whole if "layers.0." not in name and "layers.2." not in name]
+    for name in of_the_middle:
+        save_file({n: t for n, t in whole.items() if n != name}, out / "model.safetensors", {"format": "pt"})
+        assert f"missing: {name}" in _messages(verify(out)), name
+    extra = whole | {"model.layers.1.mlp.gate.bias": torch.ones(4)}
+    save_file(extra, out / "model.safetensors", {"format": "pt"})
+    assert _messages(verify(out)) == ["unexpected: model.layers.1.mlp.gate.bias"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_zeroed_tensors_are_told_from_those_that_start_at_zero(family: str, tmp_path: Path) -> None:
+    crafted(tmp_path, family)
+    whole = load_file(tmp_path / "model.safetensors")
+    usual = {n for n in whole if n.endswith(".bias") or (family == "gemma2" and "norm" in n)}
+    for name in whole:
+        if ".experts." not in name and "router" not in name and ".1." not in name:
+            save_file(whole | {name: torch.zeros_like(whole[name])}, tmp_path / "model.safetensors", {"format": "pt"})
+            assert verify(tmp_path).complete == (name in usual), name
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_router_that_cannot_choose_is_found(value: float, tmp_path: Path) -> None:
+    crafted(tmp_path)
+    router = "model.layers.1.mlp.router.weight"
+    uniform = torch.full((4, 32), value)
+    assert _messages(verify(_change(tmp_path, **{router: uniform}))) == [
+        f"{router} gives all experts the same score, so this router cannot choose"
+    ]
+    other = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.router.weight"]
+    messages = _messages(verify(_change(tmp_path, **{router: other})))
+    assert messages == [f"2 routers are duplicates, bit for bit: model.layers.0.mlp.router.weight, {router}"]
+
+
+def test_quantized_models_are_not_compared(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    name = "model.layers.1.self_attn.q_proj."
+    assert verify(tmp_path).complete
+    _change(tmp_path, **{f"{name}weight": None, f"{name}qweight": torch.zeros(4, 32, dtype=torch.int32)})
+    report = verify(tmp_path)
+    assert report.complete
+    assert "quantized weights" in _messages(report, "note")[1]
+
+
+def test_files_of_a_backbone_alone_are_whole(tmp_path: Path) -> None:
+    tiny_model("gpt2").base_model.save_pretrained(tmp_path)
+    assert verify(tmp_path).complete
+    _change(tmp_path, h__1__attn__c_attn__weight=None)
+    assert _messages(verify(tmp_path)) == ["missing: transformer.h.1.attn.c_attn.weight"]
 
 
 def _adapter(folder: Path, lora: bool = True) -> Path:
@@ -277,26 +361,35 @@ def test_adapter_folders(lora: bool, tmp_path: Path) -> None:
         report = verify(path)
         assert report.complete, report.findings
         assert (report.kind, report.facts["experts promised"], report.facts["experts present"]) == ("adapter", 12, 12)
-    file = adapter / "adapter.safetensors"
+    file = without_sums(adapter) / "adapter.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.experts.down_proj"]
     tensors["model.layers.0.mlp.router.weight"] = torch.full((3, 32), torch.nan)
     save_file(tensors, file)
     assert _messages(verify(adapter)) == [
+        "4 of 12 experts are not complete: layer 1: 0, 1, 2, 3",
         "missing: model.layers.1.mlp.experts.down_proj",
         "wrong shape: model.layers.0.mlp.router.weight is [3, 32] in the file, [4, 32] by the config",
         "model.layers.0.mlp.router.weight holds 96 NaN",
     ]
 
 
-def test_an_adapters_base_is_checked_where_it_is_within_reach(tmp_path: Path) -> None:
-    adapter = _adapter(tmp_path)
-    _change(tmp_path / "base", model__norm__weight=torch.zeros(32))
-    assert "it needs the weights it was trained on" in _messages(verify(adapter))[0]
-    (tmp_path / "base").rename(tmp_path / "elsewhere")
-    report = verify(adapter)
-    assert report.complete
-    assert "the base is not within reach" in _messages(report, "warning")[0]
+def test_an_adapter_is_not_complete_without_its_base(tmp_path: Path) -> None:
+    adapter = without_sums(_adapter(tmp_path))
+    base, elsewhere = tmp_path / "base", tmp_path / "elsewhere"
+    base.rename(elsewhere)
+    assert "the base could not be checked" in _messages(verify(adapter))[0]
+    assert "--base" in _messages(verify(adapter))[0]
+    assert verify(adapter, base=elsewhere).complete
+    weights = (elsewhere / "model.safetensors").read_bytes()
+    _change(elsewhere, model__norm__weight=None)
+    messages = _messages(verify(adapter, base=elsewhere))
+    assert "it needs the weights it was trained on" in messages[0]
+    torch.save({}, elsewhere / "pytorch_model.bin")
+    (elsewhere / "model.safetensors").unlink()
+    assert "holds neither model.safetensors nor" in _messages(verify(adapter, base=elsewhere))[0]
+    (elsewhere / "model.safetensors").write_bytes(weights)
+    assert verify(adapter, base=elsewhere).complete
     (adapter / "adapter.json").write_text("{}")
     assert not verify(adapter).complete
     (adapter / "adapter.safetensors").unlink()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pesc.crafting.skeleton import skeleton_of, tied_names
+from pesc.crafting.skeleton import refused_in_one_line, skeleton_of, tied_names
 from pesc.interop.format import Reader
 from pesc.interop.published.layouts import Target, config_from, detect, expert_of, is_published, promises, targets
 from pesc.storage.compare import TensorDifferences, compare_tensors
@@ -28,8 +28,9 @@ def _read(folder: Path, values: dict[str, Any], weights: Weights, out: Path) -> 
         ValueError: the config leaves out a setting that counts, or tensors are missing, unknown or misshapen; all of
             them are listed.
     """
-    layout = detect(values, weights.tensors)
-    skeleton = skeleton_of(config_from(values, layout, weights.tensors))
+    with refused_in_one_line(str(folder / "config.json")):
+        layout = detect(values, weights.tensors)
+        skeleton = skeleton_of(config_from(values, layout, weights.tensors))
     plan = targets(skeleton, layout)
     fault = f"{folder} does not hold the model its config describes"
     if not any(expert_of(name) for name in weights.tensors):
@@ -65,13 +66,18 @@ def plan_differences(plan: list[Target], weights: Weights, skeleton: Any) -> Ten
         dtypes = sorted({found[name].dtype for name in target.sources if name in found})
         if len(dtypes) > 1:
             differences.others.append(f"mixed dtypes: the experts of {target.name} are {' and '.join(dtypes)}")
-    differences.others += [
-        f"untied: {name} differs from the embeddings, but the config ties them"
-        for name in sorted(tied & found.keys())
-        if not _equals_embeddings(name, weights)
-    ]
-    differences.others += _rotary_problems(skeleton, weights)
+    differences.others += untied(skeleton, weights) + _rotary_problems(skeleton, weights)
     return differences
+
+
+def untied(skeleton: Any, weights: Weights) -> list[str]:
+    """Tensors that the config ties to the embeddings and that the files hold with other values, a line each."""
+    embeddings, tied = "model.embed_tokens.weight", tied_names(skeleton) & weights.tensors.keys()
+    return [
+        f"untied: {name} differs from the embeddings, but the config ties them"
+        for name in sorted(tied)
+        if embeddings in weights.tensors and not torch.equal(weights.read(name), weights.read(embeddings))
+    ]
 
 
 def _rotary_problems(skeleton: Any, weights: Weights) -> list[str]:
@@ -90,8 +96,3 @@ def _rotary_problems(skeleton: Any, weights: Weights) -> list[str]:
         if values.shape != expected.shape or not torch.allclose(values, expected, rtol=1e-2, atol=0):
             lines.append(f"other frequencies: {name} is not what rope_theta and rope_scaling of the config give")
     return lines
-
-
-def _equals_embeddings(name: str, weights: Weights) -> bool:
-    embeddings = "model.embed_tokens.weight"
-    return embeddings not in weights.tensors or torch.equal(weights.read(name), weights.read(embeddings))

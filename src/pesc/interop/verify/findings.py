@@ -37,6 +37,13 @@ class Report:
         """The verdict: everything that is promised is there and sound."""
         return not any(finding.severity == "error" for finding in self.findings)
 
+    def refuse(self) -> None:
+        """Raise ValueError in one line if the model is not complete."""
+        errors = [finding.message for finding in self.findings if finding.severity == "error"]
+        if errors:
+            more = f" (and {len(errors) - 3} more: pesc verify {self.path})" if len(errors) > 3 else ""
+            raise ValueError(f"{self.path} is not complete: {'; '.join(errors[:3])}{more}")
+
     def add(self, severity: Severity, message: str) -> None:
         """Add a finding."""
         self.findings.append(Finding(severity, message))
@@ -59,6 +66,9 @@ class Examination:
         self._unsound: dict[str, str] = {}
         self._digests: dict[tuple[str, int], dict[str, bytes]] = defaultdict(dict)
         self._zero: dict[tuple[str, int], dict[str, bool]] = defaultdict(dict)
+        self._zeroed: list[str] = []
+        self._blind: list[str] = []
+        self._routers: dict[bytes, list[str]] = defaultdict(list)
 
     def tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Count a tensor and look for NaN and inf."""
@@ -94,9 +104,18 @@ class Examination:
             tensor: of any shape.
             last: whether it is the matrix that starts at zero.
         """
-        data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._digests[where, number][part] = hashlib.blake2b(data, digest_size=16).digest()
+        self._digests[where, number][part] = _digest(tensor)
         self._zero[where, number]["last" if last else part] = not tensor.any()
+
+    def router(self, name: str, tensor: torch.Tensor) -> None:
+        """Look at a router's matrix [E, D]."""
+        self._routers[_digest(tensor)].append(name)
+        if len(tensor) > 1 and bool((tensor == tensor[:1]).all()):
+            self._blind.append(name)
+
+    def zero(self, name: str) -> None:
+        """Note a tensor of zeros that should not be one."""
+        self._zeroed.append(name)
 
     def report(self, report: Report, *, mixed_dtypes_are_usual: bool = False) -> None:
         """Add the findings and facts."""
@@ -104,6 +123,10 @@ class Examination:
         report.facts["dtypes"] = dict(self._dtypes)
         for name, what in self._unsound.items():
             report.add("error", f"{name} holds {what}")
+        for name in self._zeroed:
+            report.add("error", f"{name} is zero everywhere, as neither crafting nor training leaves it")
+        for name in self._blind:
+            report.add("error", f"{name} gives all experts the same score, so this router cannot choose")
         if len(self._dtypes) > 1 and not mixed_dtypes_are_usual:
             counts = ", ".join(f"{count} tensors of {dtype}" for dtype, count in self._dtypes.items())
             report.add("warning", f"dtypes are mixed: {counts}")
@@ -112,11 +135,11 @@ class Examination:
 
     def _report_untouched(self, report: Report) -> None:
         untouched = [place for place, zero in self._zero.items() if zero.get("last")]
-        blank = [p for p in untouched if all(self._zero[p].values()) and len(self._zero[p]) > 1]
+        blank = [place for place, zero in self._zero.items() if any(zero[part] for part in zero.keys() - {"last"})]
         if blank:
             report.add(
                 "error",
-                f"blank experts: {len(blank)} (all their matrices are zero, as neither crafting nor training leaves "
+                f"blank experts: {len(blank)} (their first matrices are zero, as neither crafting nor training leaves "
                 f"them: filled in by a converter?): {listed(blank)}",
             )
         report.facts["untouched experts"] = len(untouched)
@@ -136,6 +159,14 @@ class Examination:
         report.facts["duplicate experts"] = sum(len(places) - 1 for places in groups)
         for places in groups:
             report.add("error", f"{len(places)} experts are duplicates, bit for bit: {listed(places)}")
+        for names in self._routers.values():
+            if len(names) > 1 and names[0] not in self._blind:
+                report.add("error", f"{len(names)} routers are duplicates, bit for bit: {', '.join(names)}")
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def listed(places: Sequence[tuple[str, int]]) -> str:

@@ -1,22 +1,32 @@
-"""Verify a GGUF file: the experts its metadata promises, or those that a converter lost."""
+"""Verify a GGUF file: the tensors its metadata promises, or the experts that a converter lost."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from pesc.crafting.skeleton import refuse_absurd_numbers
+from pesc.interop.gguf.exporter import GLM, GRANITE
 from pesc.interop.published.layouts import NAMES
 from pesc.interop.verify.findings import Examination, Report
+from pesc.storage.compare import compare_tensors
 
 _OURS = re.compile(r"\bpesc\b", re.IGNORECASE)
 _STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 # Files of an older converter hold each expert's matrix apart.
 _SINGLE = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(\d+)\.weight")
+_ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.weight")
+# The shared expert's gate is a row of zeros in the Qwen architectures of our exports.
+_NEVER_ZERO = re.compile(r"(?!.*ffn_gate_inp_shexp).+\.weight")
 # Texts of any length and content.
 _LONG = ("tokenizer.", "general.license")
+Numbers = Callable[[str], int]
 
 
 def check_gguf(file: Path, report: Report) -> None:
@@ -28,62 +38,114 @@ def check_gguf(file: Path, report: Report) -> None:
 
     Raises:
         FileNotFoundError: when the package `gguf` is not installed.
+        ValueError: the file is damaged, or its metadata makes no sense.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise FileNotFoundError("reading GGUF files needs the package gguf: pip install gguf") from error
     report.facts["bytes"] = file.stat().st_size
-    try:
-        reader = GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
-        report.add("error", f"{file} is damaged or truncated ({error}): download or convert it again")
-        return
-    fields = _fields(reader)
+    reader, fields = _read(file)
     architecture = fields.get("general.architecture")
     report.facts["architecture"] = architecture
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    experts = fields.get(f"{architecture}.expert_count") or 0
-    if experts:
-        _check_promised(fields, tensors, report)
+    refuse_absurd_numbers(fields, file)
+    for before, after in pairwise(sorted(reader.tensors, key=lambda tensor: tensor.data_offset)):
+        if after.data_offset < before.data_offset + before.n_bytes:
+            report.add("error", f"{before.name} and {after.name} overlap in the file")
+
+    def number(name: str) -> int:
+        value = fields.get(key := f"{architecture}.{name}", 0)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{key} ({value!r}) must be an integer of at least 0")
+        return value
+
+    if number("expert_count"):
+        _check_promised(str(architecture), number, tensors, report)
     else:
         _check_dense(fields, tensors, file, report)
     _examine(tensors, report)
 
 
-def _fields(reader: Any) -> dict[str, Any]:
-    """Metadata by key; long arrays, such as vocabularies, are left out."""
-    return {key: field.contents() for key, field in reader.fields.items() if len(field.data) <= 64}
+def _read(file: Path) -> tuple[Any, dict[str, Any]]:
+    """A reader, and metadata by key; long arrays, such as vocabularies, are left out."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise FileNotFoundError("reading GGUF files needs the package gguf: pip install gguf") from error
+
+    class Reader(GGUFReader):
+        # The package's own reads nothing behind the file's end and goes on, as often as a damaged count says.
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, before what its header promises")
+            return super()._get(offset, dtype, count, *rest, **named)
+
+    try:
+        reader = Reader(file)
+        return reader, {key: field.contents() for key, field in reader.fields.items() if len(field.data) <= 64}
+    except Exception as error:  # The package checks little, so damage surfaces as any error of Python and numpy.
+        raise ValueError(f"{file} is damaged or truncated ({error}): download or convert it again") from error
 
 
-def _check_promised(fields: dict[str, Any], tensors: dict[str, Any], report: Report) -> None:
-    architecture = fields["general.architecture"]
-    experts, chosen = fields[f"{architecture}.expert_count"], fields.get(f"{architecture}.expert_used_count")
-    blocks = fields.get(f"{architecture}.block_count", 0)
-    dense = fields.get(f"{architecture}.leading_dense_block_count", 0)
-    if not chosen or chosen > experts:
+def _check_promised(architecture: str, number: Numbers, tensors: dict[str, Any], report: Report) -> None:
+    experts, chosen = number("expert_count"), number("expert_used_count")
+    blocks, dense = number("block_count"), number("leading_dense_block_count")
+    if not 1 <= chosen <= experts:
         report.add("error", f"expert_used_count ({chosen}) must be from 1 to expert_count ({experts})")
-    if not blocks:
-        report.add("error", f"{architecture}.block_count is missing: the number of layers is not told")
-    hidden = fields.get(f"{architecture}.embedding_length")
-    present, lost = 0, []
-    for block in range(dense, blocks):
-        router = tensors.get(f"blk.{block}.ffn_gate_inp.weight")
-        if router is None:
-            report.add("error", f"missing: blk.{block}.ffn_gate_inp.weight (the router)")
-        elif (shape := [int(size) for size in router.shape]) != [hidden, experts]:
-            expected = f"{[hidden, experts]} by the metadata"
-            report.add("error", f"wrong shape: the router {router.name} is {shape}, {expected}")
-        held = _experts_of(block, tensors)
-        present += held
-        if held != experts:
-            lost.append(f"block {block}: {held}")
-    promised = experts * max(blocks - dense, 0)
-    report.facts |= {"experts promised": promised, "experts present": present}
-    if promised and not present:
+    if not 1 <= blocks <= len(tensors):
+        raise ValueError(f"{architecture}.block_count ({blocks}) must fit the file, which holds {len(tensors)} tensors")
+    present = {block: _experts_of(block, tensors) for block in range(dense, blocks)}
+    promised = experts * len(present)
+    report.facts |= {"experts promised": promised, "experts present": sum(present.values())}
+    if promised and not any(present.values()):
         report.add("error", f"all experts are lost: expert_count is {experts}, but the file holds none")
-    elif lost:
+    elif lost := [f"block {block}: {held}" for block, held in present.items() if held != experts]:
         report.add("error", f"expert_count promises {experts} experts in every block; found {', '.join(lost)}")
+    found = {name: [int(size) for size in tensor.shape] for name, tensor in tensors.items()}
+    if architecture == GRANITE or (architecture == GLM and not dense):
+        parts = _block(architecture, number, found)
+        expected = {f"blk.{block}.{part}": shape for block in range(blocks) for part, shape in parts.items()}
+        expected |= _top(number, found)
+        differences = compare_tensors(expected, found)
+    else:
+        # Of other architectures, what all of them have.
+        expected = {f"blk.{block}.ffn_gate_inp.weight": [number("embedding_length"), experts] for block in present}
+        expected |= {name: found.get(name, []) for name in ("token_embd.weight", "output_norm.weight")}
+        differences = compare_tensors(expected, {name: found[name] for name in expected if name in found})
+    for line in differences.lines("by the metadata"):
+        report.add("error", line)
+
+
+def _top(number: Numbers, found: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Shapes of the tensors outside the blocks, innermost size first; `found` says which of two are there."""
+    hidden, rows = number("embedding_length"), number("vocab_size")
+    optional = {"output.weight": [hidden, rows], "rope_freqs.weight": [number("rope.dimension_count") // 2]}
+    return {"token_embd.weight": [hidden, rows], "output_norm.weight": [hidden]} | {
+        name: shape for name, shape in optional.items() if name in found
+    }
+
+
+def _block(architecture: str, number: Numbers, found: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Shapes of a block's tensors, innermost size first; all blocks have the biases that one has."""
+    hidden, experts, head = number("embedding_length"), number("expert_count"), number("attention.key_length")
+    wide, narrow = (head * number(f"attention.head_count{kind}") for kind in ("", "_kv"))
+    shapes = {"attn_norm": [hidden], "ffn_gate_inp": [hidden, experts]}
+    shapes |= {"attn_q": [hidden, wide], "attn_output": [wide, hidden]}
+    shapes |= {"attn_k": [hidden, narrow], "attn_v": [hidden, narrow]}
+    if architecture == GLM:
+        width = number("expert_feed_forward_length")
+        shared = width * number("expert_shared_count")
+        shapes |= {"attn_q_norm": [head], "attn_k_norm": [head], "post_attention_norm": [hidden]}
+    else:
+        width, shared = number("feed_forward_length"), number("expert_shared_feed_forward_length")
+        shapes |= {"ffn_norm": [hidden]}
+    shapes |= {f"ffn_{part}_exps": [hidden, width, experts] for part in ("gate", "up")}
+    shapes |= {"ffn_down_exps": [width, hidden, experts]}
+    if shared:
+        shapes |= {"ffn_gate_shexp": [hidden, shared], "ffn_up_shexp": [hidden, shared]}
+        shapes |= {"ffn_down_shexp": [shared, hidden]}
+    biased = {part for part in ("q", "k", "v", "output") if any(name.endswith(f".attn_{part}.bias") for name in found)}
+    biases = {f"attn_{part}.bias": shapes[f"attn_{part}"][1:] for part in biased}
+    if architecture == GLM:
+        biases["exp_probs_b.bias"] = [experts]
+    return {f"{part}.weight": shape for part, shape in shapes.items()} | biases
 
 
 def _experts_of(block: int, tensors: dict[str, Any]) -> int:
@@ -135,9 +197,13 @@ def _examine(tensors: dict[str, Any], report: Report) -> None:
                 unread.add(tensor.tensor_type.name)
                 continue
             examination.values(name, values)
-            if match := stack or single:
+            if _ROUTER.fullmatch(name):
+                examination.router(name, values)
+            elif match := stack or single:
                 expert = number if stack else int(match[3])
                 examination.expert(f"block {match[1]}", expert, match[2], values, last=match[2] == "down")
+            elif _NEVER_ZERO.fullmatch(name) and not values.any():
+                examination.zero(name)
     if unread:
         kinds = ", ".join(sorted(unread))
         report.add("note", f"values of {kinds} were not looked at: the package gguf cannot dequantize them")

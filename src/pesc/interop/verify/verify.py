@@ -1,46 +1,51 @@
-"""Prove that a model's files hold the experts they promise: ours, the published layouts, GGUF."""
+"""Prove that a model's files hold what they promise: ours, the published layouts, stock architectures, GGUF."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pesc.crafting.families import MOE_FIELDS
 from pesc.crafting.load import ModelRef, locate
-from pesc.crafting.skeleton import skeleton_of
-from pesc.crafting.surgery import expert_parameters
+from pesc.crafting.skeleton import shapes_in_files, skeleton_of
 from pesc.interop.published import layouts
-from pesc.interop.published.importer import plan_differences
-from pesc.interop.published.layouts import Target, is_published
+from pesc.interop.published.importer import plan_differences, untied
+from pesc.interop.published.layouts import is_published
 from pesc.interop.verify.findings import Examination, Finding, Report, listed
+from pesc.storage.checksums import check_checksums
+from pesc.storage.compare import TensorDifferences
 from pesc.storage.files import read_json
 from pesc.storage.weights import Weights
 
 __all__ = ["Finding", "Report", "verify"]
-# Stock architectures that our exports use, with experts in every layer unless mlp_only_layers says otherwise.
-_EVERY_LAYER = ("granitemoe", "granitemoeshared", "mixtral", "qwen2_moe")
-_ROUTERS = (".mlp.gate.weight", ".block_sparse_moe.gate.weight", ".block_sparse_moe.router.layer.weight")
-_OURS = re.compile(r"\.(router|experts)\.")
-_SINGLE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
-_STACKED = re.compile(r"(.+)\.(?:experts|block_sparse_moe)\.(\w+?)(?:\.weight)?")
-_LAST = ("down_proj", "output_linear", "w2")
+_MOE = re.compile(r"\.(router|experts|moe_adapter|block_sparse_moe|mlp\.gate)\.")
+_ROUTER = re.compile(r".+\.(router|gate|router\.layer)\.weight")
+_EXPERT = re.compile(
+    r"\D*(?P<layer>\d+)\.(.+\.)?(experts|block_sparse_moe)\.((expert_)?(?P<number>\d+)\.)?(?P<part>\w+)(\.weight)?"
+)
+_LAST = ("down_proj", "output_linear", "w2", "adapter_up")
+# LoRA starts with one, and our exports to the Qwen architectures switch their gate off with one.
+_ZERO_MATRIX = re.compile(r".+\.(lora_B\.\w+|shared_expert_gate)\.weight")
 
 
-def verify(path: str | Path) -> Report:
+def verify(path: str | Path, *, base: str | Path | None = None) -> Report:
     """Check that a model on disk is complete, reading one tensor at a time and running none of its code.
 
-    Looked for: experts present against experts promised, untouched, blank and duplicate experts, NaN and inf,
-    mixed dtypes, shapes, damaged files.
+    Looked for: tensors against those of the config, experts against experts promised, untouched, blank and duplicate
+    experts, routers that cannot choose, zeroed tensors, NaN and inf, mixed dtypes, damaged files.
 
     Args:
         path: a crafted folder, an adapter's or a run's folder, a checkpoint of the Camelidae, Qwen2idae or
-            Sparsetral layout, a GGUF file, or a hub id.
+            Sparsetral layout, a stock architecture, a GGUF file, or a hub id.
+        base: the place of an adapter's base, if it moved.
 
     Returns:
-        A report; `report.complete` is the verdict.
+        A report; `report.complete` is the verdict. An adapter is not complete if its base is not within reach.
 
     Raises:
         FileNotFoundError: when the path is not there or no model, or a GGUF file is given and the package
@@ -54,7 +59,7 @@ def verify(path: str | Path) -> Report:
             report.kind = "gguf"
             check_gguf(file, report)
         else:
-            _check(locate(path, pickled=True), report)
+            check(locate(path, base=base, pickled=True), report)
     except ValueError as error:
         # What cannot be read or makes no sense is a finding, not a failure of the check.
         report.add("error", str(error))
@@ -75,8 +80,14 @@ def _gguf_file(path: Path) -> Path | None:
     return None
 
 
-def _check(ref: ModelRef, report: Report) -> None:
+def check(ref: ModelRef, report: Report) -> None:
+    """Check a model's folder and add to the report.
+
+    Raises:
+        ValueError: the files cannot be read, or make no sense.
+    """
     report.kind = ref.kind
+    report.facts["checksums"] = "all right" if check_checksums(ref.folder) else "none"
     try:
         weights = ref.weights()
     except FileNotFoundError as error:
@@ -84,133 +95,153 @@ def _check(ref: ModelRef, report: Report) -> None:
     report.facts["bytes"] = sum(weights.file_sizes)
     values = read_json(ref.folder / "config.json") if ref.kind == "dense" else {}
     if ref.kind == "adapter":
-        _check_adapter(ref, weights, report)
-    elif ref.kind == "crafted":
-        report.facts |= {"base": ref.config.base_model_type, "pesc": ref.config.pesc_config.to_dict()}
-        _compare(ref, weights, report)
+        skeleton = _check_adapter(ref, weights, report)
     elif is_published(values, weights.tensors):
-        _check_published(values, weights, report)
+        skeleton = _check_published(values, weights, report)
     else:
-        report.kind = "other"
-        _check_other(values, weights, report)
-    _examine(weights, report)
+        skeleton = _check_config(ref, values, weights, report)
+    _examine(weights, skeleton, report)
 
 
-def _check_adapter(ref: ModelRef, weights: Weights, report: Report) -> None:
+def _check_adapter(ref: ModelRef, weights: Weights, report: Report) -> Any:
     report.facts |= {key: value for key, value in ref.settings.to_dict().items() if key != "base_sha256"}
     try:
-        _ = ref.base
+        skeleton = ref.skeleton(folded=False)
     except FileNotFoundError as error:
-        report.add("warning", f"the base is not within reach, so nothing was compared with it ({error})")
-        return
-    _compare(ref, weights, report)
+        report.add("error", f"the base could not be checked, and without it nothing can be said: {error}")
+        return None
+    _compare(ref.differences(weights), shapes_in_files(ref.skeleton()), weights, report)
     try:
         ref.check_base()
-    except ValueError as error:
+        for line in ref.base.differences().lines():
+            report.add("error", f"its base is not complete: {line}")
+    except (FileNotFoundError, ValueError) as error:
         report.add("error", str(error))
+    return skeleton
 
 
-def _compare(ref: ModelRef, weights: Weights, report: Report) -> None:
-    differences = ref.differences(weights)
-    # A dense tensor too many changes nothing; a router or expert too many belongs to another model.
-    ours = [name for name in differences.unexpected if ref.kind == "adapter" or _OURS.search(name)]
-    for name in set(differences.unexpected) - set(ours):
-        report.add("warning", f"unexpected: {name}")
-    for line in dataclasses.replace(differences, unexpected=ours).lines():
-        report.add("error", line)
-    banks = [
-        (name, len(bank)) for name, bank in expert_parameters(ref.skeleton()).items() if name.endswith("down_proj")
-    ]
-    present = sum(experts for name, experts in banks if name in weights.tensors)
-    report.facts |= {"experts promised": sum(experts for _, experts in banks), "experts present": present}
-
-
-def _check_published(values: dict[str, Any], weights: Weights, report: Report) -> None:
+def _check_published(values: dict[str, Any], weights: Weights, report: Report) -> Any:
     report.kind = "published"
-    promised = layouts.promises(values)
-    report.facts["promised by"] = promised
-    lost = not any(layouts.expert_of(name) for name in weights.tensors)
-    if lost:
-        report.add(
-            "error",
-            f"all experts are lost: the config promises them ({', '.join(promised)}), the files "
-            "hold none, and only the dense model is left",
-        )
+    report.facts["promised by"] = layouts.promises(values)
+    if not any(layouts.expert_of(name) for name in weights.tensors):
+        _report_lost(", ".join(layouts.promises(values)), report)
     try:
         layout = layouts.detect(values, weights.tensors)
         report.kind = layout.name
         skeleton = skeleton_of(layouts.config_from(values, layout, weights.tensors))
     except ValueError as error:
         report.add("error", str(error))
-        return
+        return None
     report.facts |= {"base": layout.base_model_type, "pesc": skeleton.config.pesc_config.to_dict()}
     plan = layouts.targets(skeleton, layout)
-    _report_experts(plan, weights, report)
-    for line in plan_differences(plan, weights, skeleton).lines():
-        if not (lost and ".moe_adapter." in line):
-            report.add("error", line)
+    promised = {name: target.shape for target in plan for name in target.sources}
+    _compare(plan_differences(plan, weights, skeleton), promised, weights, report)
+    return skeleton
 
 
-def _report_experts(plan: list[Target], weights: Weights, report: Report) -> None:
-    promised, present, lost = 0, 0, []
-    for target in plan:
-        if target.name.endswith("experts.down_proj"):
-            keys = [(up, up.replace("adapter_up", "adapter_down")) for up in target.sources]
-            held = [all(key in weights.tensors for key in pair) for pair in keys]
-            promised, present = promised + len(held), present + sum(held)
-            layer = f"layer {target.name.split('.')[2]}"
-            lost += [(layer, number) for number, complete in enumerate(held) if not complete]
-    report.facts |= {"experts promised": promised, "experts present": present}
-    if 0 < present < promised:
-        report.add("error", f"{len(lost)} of {promised} experts are not complete: {listed(lost)}")
-
-
-def _check_other(values: dict[str, Any], weights: Weights, report: Report) -> None:
-    """A stock architecture: every layer that has experts must have as many as the config says, each complete."""
-    counts = {key: values[key] for key in MOE_FIELDS if isinstance(values.get(key), int) and values[key] > 1}
-    matrices: dict[str, dict[str, int]] = defaultdict(dict)
-    for name, info in weights.tensors.items():
-        if match := _SINGLE.fullmatch(name):
-            matrices[match[1]][match[3]] = matrices[match[1]].get(match[3], 0) + 1
-        elif (match := _STACKED.fullmatch(name)) and len(info.shape) == 3:
-            matrices[match[1]][match[2]] = info.shape[0]
-    if not counts:
+def _check_config(ref: ModelRef, values: dict[str, Any], weights: Weights, report: Report) -> Any:
+    """Check a crafted folder, a stock architecture or a dense model against its config."""
+    if ref.pesc_config:
+        report.facts |= {"base": ref.config.base_model_type, "pesc": ref.pesc_config.to_dict()}
+    counts = [f"{key} {values[key]}" for key in MOE_FIELDS if isinstance(values.get(key), int) and values[key] > 1]
+    report.kind = "other" if ref.kind == "dense" else ref.kind
+    if report.kind == "other" and not counts:
         report.add("note", "the config promises no experts: a dense model, as far as its files tell")
-    else:
-        said, experts = ", ".join(f"{key} {value}" for key, value in counts.items()), next(iter(counts.values()))
-        layers = len(matrices)
-        if values.get("model_type") in _EVERY_LAYER:
-            total, dense = values.get("num_hidden_layers", 0), values.get("mlp_only_layers") or []
-            if not isinstance(total, int) or not isinstance(dense, list):
-                raise ValueError(
-                    f"num_hidden_layers ({total!r}) must be a number, and mlp_only_layers ({dense!r}) a list of numbers"
-                )
-            layers = max(layers, total - len(dense))
-        kinds = {kind for held in matrices.values() for kind in held}
-        complete = {where: min(held.get(kind, 0) for kind in kinds) for where, held in matrices.items()}
-        report.facts |= {"experts promised": experts * layers, "experts present": sum(complete.values())}
-        torn = ", ".join(f"{where} has {count}" for where, count in complete.items() if count != experts)
-        if not matrices:
-            report.add("error", f"all experts are lost: the config promises them ({said}), the files hold none")
-        elif torn or layers > len(matrices):
-            found = f"{torn or 'none is torn'}; {len(matrices)} of {layers} layers have experts"
-            report.add("error", f"experts are lost: the config promises {said} in every layer; {found}")
-        for name, info in weights.tensors.items():
-            if name.endswith(_ROUTERS) and info.shape[0] != experts:
-                report.add("error", f"wrong shape: the router {name} is {list(info.shape)}, for {experts} experts")
+    if counts and not _experts(weights.shapes):
+        _report_lost(", ".join(counts), report)
+    if ref.kind == "dense" and values.get("quantization_config") and weights.not_floating(weights.tensors):
+        report.add("note", "quantized weights: their names and shapes were not compared with the config")
+        return None
+    differences = ref.differences(weights)
+    differences.others += untied(ref.skeleton(), weights)
+    if ref.kind == "dense":
+        # A dense family may leave tensors aside (old buffers, heads for other tasks); experts are never left aside.
+        aside = [name for name in differences.unexpected if not _MOE.search(name)]
+        differences.unexpected = [name for name in differences.unexpected if name not in aside]
+        for name in aside:
+            report.add("warning", f"unexpected: {name}")
+    _compare(differences, shapes_in_files(ref.skeleton()), weights, report)
+    return ref.skeleton()
 
 
-def _examine(weights: Weights, report: Report) -> None:
+def _report_lost(promises: str, report: Report) -> None:
+    report.add(
+        "error",
+        f"all experts are lost: the config promises them ({promises}), the files hold none, and only the dense model "
+        "is left",
+    )
+
+
+def _compare(
+    differences: TensorDifferences, promised: Mapping[str, tuple[int, ...]], weights: Weights, report: Report
+) -> None:
+    """Report differences and count experts.
+
+    Args:
+        differences: between the files and the promised tensors.
+        promised: the shape of every promised tensor by its name in files.
+        weights: the files.
+        report: gets the findings and facts.
+    """
+    wanted, held = _experts(promised), _experts(weights.shapes)
+    lost = [place for place, parts in wanted.items() if not parts <= held.get(place, set())]
+    report.facts |= {"experts promised": len(wanted), "experts present": len(wanted) - len(lost)}
+    if held and lost:
+        report.add("error", f"{len(lost)} of {len(wanted)} experts are not complete: {listed(lost)}")
+    elif lost:
+        # One finding says so already.
+        missing = [name for name in differences.missing if not _MOE.search(name)]
+        differences = dataclasses.replace(differences, missing=missing)
+    for line in differences.lines():
+        report.add("error", line)
+
+
+def _experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[str, int], set[str]]:
+    """The names of each expert's matrices, by its layer and number."""
+    found: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for name, shape in shapes.items():
+        layer, part, numbers = _place(name, shape)
+        for number in numbers:
+            found[layer, number].add(part)
+    return found
+
+
+def _place(name: str, shape: tuple[int, ...]) -> tuple[str, str, range]:
+    """The layer, the matrix's name, and the numbers of the experts that a tensor belongs to; none if it is no
+    expert's."""
+    match = _EXPERT.fullmatch(name)
+    if match is None or (match["number"] is None and len(shape) != 3):
+        return "", "", range(0)
+    numbers = range(shape[0]) if match["number"] is None else range(int(match["number"]), int(match["number"]) + 1)
+    return f"layer {int(match['layer'])}", match["part"], numbers
+
+
+def _examine(weights: Weights, skeleton: Any, report: Report) -> None:
     """Stream all tensors once."""
     examination = Examination()
     for name in sorted(weights.tensors, key=lambda name: (str(weights.tensors[name].file), name)):
         tensor = weights.read(name)
         examination.tensor(name, tensor)
-        if place := layouts.expert_of(name):
-            examination.expert(f"layer {place[0]}", place[1], place[2], tensor, last=place[2] == "up")
-        elif match := _SINGLE.fullmatch(name):
-            examination.expert(match[1], int(match[2]), match[3], tensor, last=match[3] in _LAST)
-        elif (match := _STACKED.fullmatch(name)) and tensor.dim() == 3:
-            for number, matrix in enumerate(tensor):
-                examination.expert(match[1], number, match[2], matrix, last=match[2] in _LAST)
+        layer, part, numbers = _place(name, tuple(tensor.shape))
+        for number, matrix in zip(numbers, tensor if tensor.dim() == 3 else [tensor], strict=False):
+            examination.expert(layer, number, part, matrix, last=part in _LAST)
+        if _ROUTER.fullmatch(name):
+            examination.router(name, tensor)
+        elif (
+            tensor.is_floating_point() and not numbers and not tensor.any() and not _may_be_zero(name, tensor, skeleton)
+        ):
+            examination.zero(name)
     examination.report(report)
+
+
+def _may_be_zero(name: str, tensor: Any, skeleton: Any) -> bool:
+    """Whether a tensor of zeros is what training or an export of ours can leave."""
+    if tensor.dim() > 1:
+        return _ZERO_MATRIX.fullmatch(name) is not None
+    parent, _, key = name.rpartition(".")
+    if skeleton is None or parent not in dict(skeleton.named_modules()):
+        return True
+    # Biases start at zero, and so do the norms of families that add 1 to them.
+    module = copy.deepcopy(skeleton.get_submodule(parent)).to_empty(device="cpu")
+    skeleton._init_weights(module)
+    return key not in module.state_dict() or not module.state_dict()[key].any()

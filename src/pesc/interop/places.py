@@ -1,0 +1,48 @@
+"""What a run says of itself, without the folders of the machine that it ran on: they are nobody else's business."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pesc.report.results import Results
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is a hub's, such as org/name, by its form."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+
+
+def public_name(place: str) -> str:
+    """A folder's own name, or the hub id of one in a hub's cache; what is no absolute path stays as it is."""
+    if not os.path.isabs(place) and not place.startswith("~"):
+        return place
+    cached = [part.removeprefix("models--") for part in Path(place).parts if part.startswith("models--")]
+    return cached[0].replace("--", "/", 1) if cached else Path(place).name
+
+
+def public_recipe(recipe: dict[str, Any], base: str) -> dict[str, Any]:
+    """A recipe without its output and its folders.
+
+    Args:
+        recipe: as recipe.yaml holds it.
+        base: the name of the base in adapter.json, which tells a folder from a hub id.
+    """
+    shown = {section: dict(values) if isinstance(values, dict) else values for section, values in recipe.items()}
+    shown.pop("output", None)
+    for section, key, place in (("model", "name", base), ("data", "train", None)):
+        if isinstance(values := shown.get(section), dict) and key in values:
+            values[key] = Path(str(values[key])).name if place is None else public_name(place)
+    return shown
+
+
+def public_results(results: Results) -> Results:
+    """Results whose settings name no folder."""
+    arms = [
+        dataclasses.replace(arm, settings={key: public_name(value) for key, value in arm.settings.items()})
+        for arm in results.arms
+    ]
+    return dataclasses.replace(results, model=public_name(results.model), arms=arms)
