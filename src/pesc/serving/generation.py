@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Condition
+from threading import Lock
 from typing import Any
 
 import psutil
@@ -75,18 +76,23 @@ class _Turns:
     """A lock that threads get in the order in which they ask; `threading.Lock` may give it to the same one again."""
 
     def __init__(self) -> None:
-        self.condition, self.last, self.now = Condition(), 0, 1
+        self.changing, self.taken, self.waiting = Lock(), False, deque[Lock]()
 
     def take(self) -> None:
-        with self.condition:
-            self.last += 1
-            mine = self.last
-            self.condition.wait_for(lambda: self.now == mine)
+        with self.changing:
+            if not self.taken:
+                self.taken = True
+                return
+            self.waiting.append(mine := Lock())
+            mine.acquire()
+        mine.acquire()
 
     def give(self) -> None:
-        with self.condition:
-            self.now += 1
-            self.condition.notify_all()
+        with self.changing:
+            if self.waiting:
+                self.waiting.popleft().release()
+            else:
+                self.taken = False
 
 
 class _Answer:
