@@ -217,7 +217,7 @@ class Client:
         return None if status in allowed else f"{status} for {body[:200]!r}: {text[:200]!r}"
 
 
-def watch(port: int, server: psutil.Process, until: float) -> tuple[list[float], list[float]]:
+def watch(port: int, server: int, until: float) -> tuple[list[float], list[float]]:
     """Seconds that /health took, four times a second, and memory of all the server's processes in MB, once a second.
 
     In a process of its own, for which the clients' work is no reason to wait.
@@ -229,7 +229,7 @@ def watch(port: int, server: psutil.Process, until: float) -> tuple[list[float],
         assert ask(port, "/health")[0] == 200
         health.append(time.monotonic() - start)
         if len(health) % 4 == 1:
-            memory.append(sum(each.memory_info().rss for each in family(server)) / 1e6)
+            memory.append(sum(each.memory_info().rss for each in family(psutil.Process(server))) / 1e6)
         time.sleep(0.25)
     return health, memory
 
@@ -258,7 +258,7 @@ def measure(port: int, server: psutil.Process, clients: int, seconds: float) -> 
     work = [Client(port, number, expected, record).run for number in range(clients)]
     threads = [threading.Thread(target=run, args=(until,)) for run in work]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        watching = pool.submit(watch, port, server, until)
+        watching = pool.submit(watch, port, server.pid, until)
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -293,12 +293,14 @@ def main() -> None:
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--port", type=int, default=8139)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder))
-        with serving(model, arguments.engine, arguments.port) as server:
-            figures = measure(arguments.port, server, arguments.clients, 60 * arguments.minutes)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(make_model(Path(folder)), arguments.engine, port) as server,
+    ):
+        figures = measure(port, server, arguments.clients, 60 * arguments.minutes)
     print(json.dumps({"engine": arguments.engine} | figures, indent=1))
     leaks = figures["processor share when idle"] > 0.3
     sys.exit(1 if figures["wrong"] or figures["health seconds"]["max"] > 1 or leaks else 0)
