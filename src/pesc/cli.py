@@ -229,10 +229,11 @@ def serve(
     base: _Base = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    api_key: Annotated[str | None, Parameter(env_var="PESC_API_KEY")] = None,
     engine: Literal["auto", "vllm", "transformers"] = "auto",
 ) -> None:
     """Serve a model behind OpenAI's API until Ctrl-C, by vLLM if it is installed, else by transformers.
+
+    If PESC_API_KEY is set in the environment, clients must send it.
 
     Example: `pesc serve runs/demo --port 8000`
 
@@ -244,14 +245,12 @@ def serve(
         Address to bind. Only this machine can reach the default.
     port
         Port to bind. 0 takes any free one.
-    api_key
-        Key that clients must send.
     engine
         "auto" means vLLM if it is installed, else transformers.
     """
     from pesc.serving.server import serve as run
 
-    run(model, base=base, host=host, port=port, api_key=api_key, engine=engine)
+    run(model, base=base, host=host, port=port, engine=engine)
 
 
 @app.command

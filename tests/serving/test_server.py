@@ -25,13 +25,16 @@ import pytest
 import torch
 from openai import APIStatusError, APITimeoutError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from peft import LoraConfig
-from transformers.cli.serving.utils import parse_assistant_message
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerationState, parse_assistant_message
 
 import pesc
 from checkpoints import tiny_dense
 from pesc import PescConfig
 from pesc.crafting.surgery import expert_parameters
-from pesc.serving.app import build_app
+from pesc.serving.app import _ChatHandler, build_app
+from pesc.serving.middleware import CLIENT, Client
+from pesc.serving.requests import Request
 from pesc.serving.server import serve
 
 CONFIG = PescConfig(num_experts=4, adapter_dim=8)
@@ -220,10 +223,37 @@ def test_refuses_prompts_beyond_the_context(server: Server) -> None:
 )
 def test_answers_bad_requests_with_the_reason(server: Server, body: bytes) -> None:
     status, answer = server.post("/v1/chat/completions", body)
-    assert status in (400, 422), answer
+    assert status == 400, answer
     error = json.loads(answer)["error"]
     assert error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        *(("/v1/chat/completions", field) for field in ("tool_choice", "top_logprobs", "logprobs", "n", "functions")),
+        *(("/v1/completions", field) for field in ("best_of", "echo", "suffix", "messages_")),
+        *(("/v1/responses", field) for field in ("stop", "logit_bias", "reasoning", "previous_response_id")),
+    ],
+)
+def test_names_the_fields_that_it_does_not_support(server: Server, path: str, field: str) -> None:
+    value: Any = {"stop": "x", "logit_bias": {"1": 1}}.get(field, 5)
+    body = {"messages": HI} if "chat" in path else {"prompt": "hi"} if "responses" not in path else {"input": "hi"}
+    status, answer = server.post(path, json.dumps(body | {field: value}).encode())
+    assert status == 400, answer
+    assert field in json.loads(answer)["error"]["message"]
+
+
+def test_other_methods_are_refused_and_no_page_of_another_origin_may_read(server: Server) -> None:
+    for method, path in (("GET", "/v1/completions"), ("OPTIONS", "/v1/chat/completions"), ("DELETE", "/v1/models")):
+        origin = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+        request = urllib.request.Request(server.url + path, headers=headers(KEY) | origin, method=method)
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request)
+        assert error.value.code == 405
+        assert error.value.headers["Allow"]
+        assert error.value.headers["Access-Control-Allow-Origin"] is None
 
 
 def test_says_that_the_header_is_missing(server: Server) -> None:
@@ -248,6 +278,44 @@ def test_streams_end_with_the_mark_and_errors_in_them_are_json(server: Server) -
     _, answer = server.post("/v1/chat/completions", json.dumps(body).encode())
     events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
     assert any("error" in json.loads(event) for event in events[:-1])
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_in_it(server: Server, folders: dict[str, Path]) -> None:
+    bias = letters_only(pesc.load_tokenizer(folders["dense"]))
+    said = expected(folders["crafted"], bias, 12)
+    stop = said[5:8]
+    before = said[: said.find(stop)]
+    asked = {"max_tokens": 12, "logit_bias": bias, "stop": [said[:2] + "!", stop]}
+    chunks = [chunk.choices[0] for chunk in server.ask(stream=True, **asked)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == before
+    whole = server.ask(**asked)
+    assert whole.choices[0].message.content == before
+    assert [chunks[-1].finish_reason, whole.choices[0].finish_reason] == ["stop", "stop"]
+    assert whole.usage.completion_tokens == said.find(stop) + 3
+    text = server.client().completions.create(model="crafted", prompt="abc", max_tokens=9, logit_bias=bias)
+    stop = text.choices[0].text[3:5]
+    stopped = server.client().completions.create(
+        model="crafted", prompt="abc", max_tokens=9, logit_bias=bias, stop=stop
+    )
+    assert stopped.choices[0].text == text.choices[0].text.partition(stop)[0]
+
+
+def test_a_family_with_tool_calls_leaves_out_the_stop_text_too() -> None:
+    CLIENT.set(Client(Request(stop="x")))
+    handler = _ChatHandler(ModelManager(), GenerationState())
+    message = handler._build_completion("id", "abxcd", "name", finish_reason="stop")["choices"][0]["message"]
+    assert message["content"] == "ab"
+
+
+def test_a_long_answer_does_not_stop_the_others(server: Server) -> None:
+    endless = server.ask(stream=True, max_tokens=CONTEXT, temperature=2.0, seed=1, logit_bias={"2": -100})
+    events = iter(endless)
+    next(events)
+    alone = server.ask(max_tokens=8, temperature=2.0, seed=7).choices[0].message.content
+    assert server.ask(max_tokens=8, temperature=2.0, seed=7).choices[0].message.content == alone
+    assert next(events).choices[0].finish_reason is None
+    endless.close()
+    assert server.ask(max_tokens=8, temperature=2.0, seed=7).choices[0].message.content == alone
 
 
 def test_completions_and_responses(server: Server) -> None:
@@ -366,25 +434,51 @@ def test_refuses_what_cannot_be_served(folders: dict[str, Path], monkeypatch: py
 
 
 FAKE_VLLM = """
-import json, os, pathlib, shutil, sys, time
+import json, os, pathlib, shutil, subprocess, sys, time
 seen = pathlib.Path(os.environ["SEEN"])
+child = subprocess.Popen(["sleep", "60"])
 shutil.copytree(sys.argv[2], seen)
-(seen / "how.json").write_text(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ)}))
+how = {"arguments": sys.argv[1:], "environment": dict(os.environ), "processes": [os.getpid(), child.pid]}
+(seen / "how.json").write_text(json.dumps(how))
 (seen / "done").touch()
 time.sleep(60)
 """
 
 
-def test_hands_a_folded_folder_to_vllm_and_clears_it_away(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a vLLM that does nothing was given."""
     fake, seen = tmp_path / "vllm" / "entrypoints" / "cli", tmp_path / "seen"
     fake.mkdir(parents=True)
     (fake / "main.py").write_text(FAKE_VLLM)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("SEEN", str(seen))
+    return seen
 
+
+def lives(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_kill_ends_vllm_too_and_clears_its_folder_away(folders: dict[str, Path], tmp_path: Path, seen: Path) -> None:
+    server = start(folders["run"], tmp_path / "log", engine="vllm")
+    while not (seen / "done").exists():
+        assert server.process.poll() is None, server.log.read_text()
+        time.sleep(0.1)
+    how = json.loads((seen / "how.json").read_text())
+    assert all(map(lives, how["processes"]))
+    server.process.kill()
+    deadline = time.monotonic() + 20
+    while any(map(lives, how["processes"])) or Path(how["arguments"][1]).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_hands_a_folded_folder_to_vllm_and_clears_it_away(folders: dict[str, Path], seen: Path) -> None:
     def interrupt() -> None:
         while not (seen / "done").exists():
             time.sleep(0.1)

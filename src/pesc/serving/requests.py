@@ -15,14 +15,15 @@ from starlette.exceptions import HTTPException
 POSTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
 """Paths that generate, and the field that each needs."""
 GETS = ("/v1/models", "/health")
+LONGEST_STOP = 64
+"""Characters of a stop text, at most; each token of an answer is compared with them."""
 
 # transformers fails on an empty list or dict.
 _EmptyIsNone = BeforeValidator(lambda value: value or None)
 # Logits divided by less may overflow; on a GPU, to sample from those ends all further work. The answer is the same.
 _TinyIsZero = AfterValidator(lambda temperature: temperature if temperature >= 0.01 else 0.0)
 _Length = Annotated[int, Field(ge=1)] | None
-# Each character of a stop text is compared with the complete vocabulary before the first token: 5 s for 4 x 64.
-_Stop = Annotated[str, Field(min_length=1, max_length=64)]
+_Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 _OneIsList = BeforeValidator(lambda value: [value] if isinstance(value, str) and value else value or None)
 
 
@@ -86,10 +87,11 @@ class Request(BaseModel):
         return self.input is None
 
 
-def read(path: str, body: bytes, name: str) -> tuple[Request | None, bytes]:
+def read(method: str, path: str, body: bytes, name: str) -> tuple[Request | None, bytes]:
     """Check a request.
 
     Args:
+        method: of HTTP; the app refuses any that the path does not take.
         path: one of the above.
         body: of the request, in JSON.
         name: of the model that is served.
@@ -101,10 +103,10 @@ def read(path: str, body: bytes, name: str) -> tuple[Request | None, bytes]:
     Raises:
         HTTPException: 400 for a request that breaks a rule, naming the fields; 404 for another path or model.
     """
-    if path in GETS:
-        return None, body
-    if path not in POSTS:
+    if path not in [*POSTS, *GETS]:
         raise HTTPException(404, f"{path} is not served: there are {', '.join([*POSTS, *GETS])}")
+    if path in GETS or method != "POST":
+        return None, body
     try:
         request = Request.model_validate_json(body)
     except ValidationError as error:

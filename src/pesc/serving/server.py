@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -23,6 +24,16 @@ from pesc.serving import context_length
 
 Engine = Literal["auto", "vllm", "transformers"]
 
+# It waits for the end of its input, which comes with the end of `pesc serve`, even by a kill.
+_CLEAN = """
+import os, shutil, signal, sys
+for process_group in sys.stdin.read().split():
+    try:
+        os.killpg(int(process_group), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+shutil.rmtree(sys.argv[1])
+"""
 _NEEDED = ("fastapi", "uvicorn", "openai", "jinja2")
 
 
@@ -98,6 +109,7 @@ def _serve_by_transformers(model: ModelRef, name: str, listener: socket.socket, 
     from transformers.utils import logging
 
     from pesc.serving.app import build_app
+    from pesc.serving.http import Protocol
     from pesc.serving.middleware import Guard
     from pesc.serving.requests import read
 
@@ -106,7 +118,9 @@ def _serve_by_transformers(model: ModelRef, name: str, listener: socket.socket, 
         loaded.to("cuda")
     logging.set_verbosity_error()  # it logs each request as a warning, as uvicorn does
     app = Guard(build_app(name, loaded, tokenizer), api_key, context_length(loaded.config), partial(read, name=name))
-    config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, http=Protocol, ws="none", log_level="info", timeout_graceful_shutdown=2)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection takes one
     listener.listen()
     address, port = listener.getsockname()[:2]
     print(f"{name} at http://{f'[{address}]' if ':' in address else address}:{port}/v1", flush=True)
@@ -115,10 +129,12 @@ def _serve_by_transformers(model: ModelRef, name: str, listener: socket.socket, 
 
 
 def _serve_by_vllm(model: ModelRef, name: str, host: str, port: int, api_key: str | None) -> None:
-    with tempfile.TemporaryDirectory(prefix="pesc-serve-") as temporary:
+    temporary = Path(tempfile.mkdtemp(prefix="pesc-serve-"))
+    cleaner = [sys.executable, "-c", _CLEAN, str(temporary)]
+    with subprocess.Popen(cleaner, stdin=subprocess.PIPE, text=True, process_group=0) as cleaning:
         folder = model.folder
         if model.kind == "adapter":
-            folder = Path(temporary)
+            folder = temporary
             for part in _load(model):
                 part.save_pretrained(folder)
         config = locate(folder).config
@@ -129,12 +145,13 @@ def _serve_by_vllm(model: ModelRef, name: str, host: str, port: int, api_key: st
             command += ["--dtype", "float32"]  # of itself, vLLM rounds such weights to bfloat16
         # Not on the command line, where every user of the machine can read the key.
         keys = {} if api_key is None else dict.fromkeys(("PESC_API_KEY", "VLLM_API_KEY"), api_key)
-        _run(command, os.environ | keys | {"PESC_CONTEXT": str(context_length(config))})
+        _run(command, os.environ | keys | {"PESC_CONTEXT": str(context_length(config))}, cleaning.stdin)
 
 
-def _run(command: list[str], environment: dict[str, str]) -> None:
+def _run(command: list[str], environment: dict[str, str], cleaner: Any) -> None:
     # A process group of its own: Ctrl-C reaches vLLM once, through us, and the folder outlives it.
     server = subprocess.Popen(command, env=environment, process_group=0)
+    print(server.pid, file=cleaner, flush=True)
     stopped = []
 
     def stop(number: int, _: Any) -> None:
