@@ -274,7 +274,7 @@ def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             ref.folder, output_loading_info=True, trust_remote_code=False, **options
         )
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise FileNotFoundError(f"{ref.folder}: {str(error).splitlines()[0]}") from error
     except SafetensorError as error:
         raise ValueError(f"{ref.folder}: a weight file is damaged or truncated ({error}); download it again") from error

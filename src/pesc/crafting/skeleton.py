@@ -14,8 +14,8 @@ from transformers.core_model_loading import WeightRenaming
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
 
-BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
-"""What transformers raises on values of a config that make no sense."""
+BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+"""What transformers raises on values of a config that make no sense, or name a package that is not installed."""
 
 
 def skeleton_of(config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -131,7 +132,13 @@ def _train_or_resume(trainer: PescTrainer, run: Path) -> None:
         if state.global_step >= state.max_steps:
             load_adapter_weights(trainer.model, checkpoint / ADAPTER)
             return
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except pickle.UnpicklingError as error:  # transformers loads optimizer.pt and its like with weights_only
+        raise ValueError(
+            f"{checkpoint} was not read, as its optimizer, scheduler or random state holds more than tensors and "
+            "numbers: remove that folder, and the run goes on from an earlier one"
+        ) from error
 
 
 def last_checkpoint(run: Path) -> Path | None:
