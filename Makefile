@@ -39,7 +39,7 @@ test-engines: setup .engines/.setup
 
 # See docs/extend/versions.md. Some 7 GB for each environment, as torch's newest and oldest builds come with CUDA.
 test-versions: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check "nox[uv]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "nox[uv]"
 	$(BIN)/nox --envdir .versions
 
 .engines/.setup: engines/requirements-vllm.txt engines/requirements-llamacpp.txt
