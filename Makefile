@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PESC_CACHE ?= $(HOME)/.cache/pesc
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slow test-engines lint docs check setup clean
+.PHONY: demo test test-slow test-engines test-versions lint docs check setup clean
 
 demo: setup
 	$(BIN)/pesc demo
@@ -37,6 +37,11 @@ test-engines: setup .engines/.setup
 	$(BIN)/python -m pytest -m engines tests/engines/test_exports.py -s
 	.engines/vllm/bin/python -m pytest -m engines tests/engines/test_vllm_plugin.py tests/serving/test_vllm.py -s
 
+# See docs/extend/versions.md. Some 7 GB for each environment, as torch's newest and oldest builds come with CUDA.
+test-versions: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "nox[uv]"
+	$(BIN)/nox --envdir .versions
+
 .engines/.setup: engines/requirements-vllm.txt engines/requirements-llamacpp.txt
 	$(PYTHON) -m venv .engines/vllm
 	.engines/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps -r engines/requirements-vllm.txt
@@ -62,4 +67,4 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .options site runs
+	rm -rf $(VENV) .versions .options site runs

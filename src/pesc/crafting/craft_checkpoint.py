@@ -16,7 +16,7 @@ from pesc.crafting.load import locate
 from pesc.crafting.skeleton import differences_from, names_in_model, skeleton_of
 from pesc.crafting.surgery import crafted_ffns, new_expert_tensors
 from pesc.storage.checksums import write_checksums
-from pesc.storage.files import link_or_copy, new_folder, write_json
+from pesc.storage.files import copy_companions, link_or_copy, new_folder, write_json
 from pesc.storage.weights import INDEX, SINGLE, Weights
 
 EXPERTS_SHARD = "model-experts.safetensors"
@@ -58,9 +58,7 @@ def craft_checkpoint(model: str | Path, out: str | Path, pesc_config: PescConfig
         shards = {file: DENSE_SHARD if file.name == SINGLE else file.name for file in weights.files}
         for file, name in shards.items():
             link_or_copy(file, folder / name)
-        for file in ref.folder.iterdir():
-            if file.is_file() and _is_companion(file.name):
-                shutil.copyfile(file, folder / file.name)
+        copy_companions(ref.folder, folder)
         save_file(experts, folder / EXPERTS_SHARD, {"format": "pt"})
         weight_map = {name: shards[info.file] for name, info in weights.tensors.items()}
         weight_map |= dict.fromkeys(experts, EXPERTS_SHARD)
@@ -82,6 +80,3 @@ def _ffn_dtype(skeleton: Any, weights: Weights) -> torch.dtype:
     return torch.float32
 
 
-def _is_companion(name: str) -> bool:
-    """Whether a file belongs to the model beside its weights: tokenizer, chat template, licence, card."""
-    return name not in (INDEX, "config.json") and not name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))

@@ -21,7 +21,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _COMPANIONS = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|chat_template|generation_config|tokenizer_config)\.json"
-    r"|tokenizer\.model|merges\.txt|chat_template\.jinja|(LICENSE|NOTICE|USE_POLICY)(\.txt|\.md)?"
+    r"|[\w.-]+\.model|vocab\.txt|merges\.txt|chat_template\.jinja|(LICENSE|NOTICE|USE_POLICY)(\.txt|\.md)?"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -144,7 +145,13 @@ def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) 
             return checkpoint
     with StopAtSignal() as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except pickle.UnpicklingError as error:  # transformers loads optimizer.pt and its like with weights_only
+            raise ValueError(
+                f"{checkpoint} was not read, as its optimizer, scheduler or random state holds more than tensors and "
+                "numbers: remove that folder, and the run goes on from an earlier one"
+            ) from error
     state = trainer.state
     if stop.received is not None:
         message = f"stopped after step {state.global_step} of {state.max_steps}: the same command goes on from there"
