@@ -94,9 +94,9 @@ class PescTrainer(RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrai
     """Trains crafted models, and dense ones with LoRA, the same way."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        lengths = (train_dataset or self.train_dataset).with_format("numpy")["length"][:]
         return LengthGroupedSampler(
-            lengths, self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
+            lengths.tolist(), self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
