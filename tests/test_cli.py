@@ -15,7 +15,7 @@ import pesc
 from checkpoints import tiny_dense, write_rows
 from pesc.cli import app, main
 
-VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench", "serve", "export"]
+VERBS = ["demo", "craft", "data", "train", "info", "chat", "import", "verify", "bench", "serve", "export"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

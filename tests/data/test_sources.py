@@ -64,7 +64,8 @@ def test_a_line_that_is_no_json_stands_in_its_place(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        list(row for piece in cut(tmp_path / name)[0] for row in read_rows(piece))
+        for piece in cut(tmp_path / name)[0]:
+            list(read_rows(piece))
 
 
 def test_paths_that_mean_no_data(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from pesc.data.prepare import PreparedSource, digest_of, prepare_source
+from pesc.data.prepare import PreparedSource, column, digest_of, prepare_source
 from pesc.data.settings import DataSettings
 from pesc.data.sources import cut, data_files
 
@@ -25,7 +25,8 @@ class Mixture:
     """The examples of one epoch."""
 
     examples: datasets.Dataset
-    """Columns `input_ids`, `labels` and `length`; packed, each is several documents, and has `seq_lengths`."""
+    """Columns `input_ids`, `labels` and `length`, among others; packed, each holds several documents, and
+    `seq_lengths`."""
     sources: list[PreparedSource]
     drawn: list[np.ndarray]
     """Of each source, the indices of its examples that are in the mixture, with repeats."""
@@ -33,7 +34,7 @@ class Mixture:
     @property
     def lengths(self) -> np.ndarray:
         """[examples], in tokens."""
-        return np.asarray(self.examples.with_format("numpy")["length"][:])
+        return column(self.examples, "length")
 
     def notes(self) -> list[str]:
         """Sentences on what did not become an example as it was."""

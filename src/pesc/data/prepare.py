@@ -10,18 +10,16 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import tokenizers
-import transformers
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-import pesc
 from pesc.data.chat import IGNORE_INDEX, encode_conversation
 from pesc.data.decontaminate import Decontaminator
 from pesc.data.formats import conversation, detect, refuse_faults
@@ -34,7 +32,7 @@ from pesc.storage.hub import cache_folder
 _BATCH = 1000
 """Examples in memory at once."""
 _IDS = pa.list_(pa.int32())
-_SCHEMA = pa.schema({"input_ids": _IDS, "labels": _IDS, "length": pa.int32(), "row": pa.int64()})
+_SCHEMA = pa.schema({"input_ids": _IDS, "labels": _IDS, "length": pa.int32(), "trained": pa.int32(), "row": pa.int64()})
 
 
 @dataclass
@@ -114,10 +112,12 @@ class Encoder:
                 return None
             kept = slice(-self.max_length, None) if self.truncation == "left" else slice(self.max_length)
             input_ids, labels = input_ids[kept], labels[kept]
-        if all(label == IGNORE_INDEX for label in labels[1:]):
+        labels = [IGNORE_INDEX, *labels[1:]]  # nothing comes before the first token
+        trained = len(labels) - labels.count(IGNORE_INDEX)
+        if not trained:
             counts.dropped += 1
             return None
-        return {"input_ids": input_ids, "labels": [IGNORE_INDEX, *labels[1:]], "length": len(input_ids)}
+        return {"input_ids": input_ids, "labels": labels, "length": len(input_ids), "trained": trained}
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class PreparedSource:
 
     settings: SourceSettings
     examples: datasets.Dataset
-    """Columns `input_ids`, `labels` and `length`."""
+    """Columns `input_ids`, `labels`, `length` and `trained`, the number of tokens that are trained on."""
     rows: np.ndarray
     """[examples] int64: the row of each, counted from 0 over the source's files."""
     counts: Counts
@@ -174,6 +174,11 @@ def prepare_source(
     return PreparedSource(source, examples, np.concatenate(rows), total, digest)
 
 
+def column(examples: datasets.Dataset, name: str) -> np.ndarray:
+    """[examples] int64: a column of numbers."""
+    return np.asarray(examples.with_format("numpy")[name][:], dtype=np.int64)
+
+
 def digest_of(values: Any) -> str:
     """SHA-256 of plain values, in hexadecimal."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -182,7 +187,7 @@ def digest_of(values: Any) -> str:
 def _key(encoder: Encoder, digest: str) -> str:
     tokenizer = encoder.tokenizer
     cleaner = encoder.decontaminator and encoder.decontaminator.digest()
-    libraries = [module.__version__ for module in (pesc, transformers, tokenizers)]
+    libraries = [metadata.version(name) for name in ("pesc-moe", "transformers", "tokenizers")]
     made_by = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map, libraries]
     return digest_of([digest, encoder.max_length, encoder.truncation, encoder.format, cleaner, made_by])[:32]
 

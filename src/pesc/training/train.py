@@ -56,12 +56,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         console.print(f"{run} holds this run, complete: nothing to do")
         return run / ADAPTER
     keep_freed_memory()
-    tokenizer = locate(recipe.model.name).tokenizer()
-    set_chat_template(tokenizer, recipe.data.chat_template)
-    with quiet_libraries():
-        mixture = prepare_mixture(recipe.data, tokenizer, recipe.training.seed, console)
-    for line in mixture.notes():
-        console.print(line, highlight=False, markup=False)
+    mixture, tokenizer = prepare_data(recipe, console)
     with quiet_libraries():
         model = build_model(recipe)
     run.mkdir(parents=True, exist_ok=True)
@@ -82,6 +77,21 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes}
     write_json(run / SUMMARY, summary)
     return save_adapter(trainer.model, run / ADAPTER)
+
+
+def prepare_data(recipe: Recipe, console: Console) -> tuple[Mixture, PreTrainedTokenizerBase]:
+    """The examples that a recipe trains on, and the tokenizer with its chat template.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `prepare_mixture` and `set_chat_template` do.
+    """
+    tokenizer = locate(recipe.model.name).tokenizer()
+    set_chat_template(tokenizer, recipe.data.chat_template)
+    with quiet_libraries():
+        mixture = prepare_mixture(recipe.data, tokenizer, recipe.training.seed, console)
+    for line in mixture.notes():
+        console.print(line, highlight=False, markup=False)
+    return mixture, tokenizer
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:

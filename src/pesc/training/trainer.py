@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from pesc.crafting.adapter import ADAPTER, load_adapter_weights, save_adapter
 from pesc.crafting.backbone import watch_routing
 from pesc.data.chat import IGNORE_INDEX
+from pesc.data.prepare import column
 from pesc.machine.allocator import release_where_scarce
 from pesc.method.routing import Routing, load_entropy
 from pesc.training.loss import summed_loss
@@ -94,9 +95,9 @@ class PescTrainer(RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrai
     """Trains crafted models, and dense ones with LoRA, the same way."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = (train_dataset or self.train_dataset).with_format("numpy")["length"][:]
+        lengths = column(train_dataset or self.train_dataset, "length").tolist()
         return LengthGroupedSampler(
-            lengths.tolist(), self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
+            lengths, self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
