@@ -24,6 +24,7 @@ _KINDS = {
     "STR": "text",
     "STR...": "texts",
     "PATH": "path",
+    "STR|SOURCESETTINGS...": "text, or a list of sources",
     "CHOICE": "one",
     "CHOICE...": "some",
 }

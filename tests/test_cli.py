@@ -16,7 +16,7 @@ from checkpoints import tiny_dense, write_rows
 from families import disturb
 from pesc.cli import app, main
 
-VERBS = ["demo", "craft", "train", "info", "chat", "import", "verify", "bench", "serve", "export"]
+VERBS = ["demo", "craft", "data", "train", "info", "chat", "import", "verify", "bench", "serve", "export"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

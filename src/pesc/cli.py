@@ -100,6 +100,38 @@ def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=
 
 
 @app.command
+def data(
+    recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=False)], html: Path | None = None
+) -> None:
+    """Show what a recipe trains on: sources, lengths, what is left out, and the tokens that are trained on.
+
+    What it prepares, `pesc train` finds prepared.
+
+    Example: `pesc data recipes/demo.yaml data.packing=true --html data.html`
+
+    Parameters
+    ----------
+    recipe
+        YAML file. The folder recipes/ holds commented ones.
+    changes
+        Changes to the recipe, written section.key=value.
+    html
+        Page to write, with what the terminal shows.
+    """
+    from rich.console import Console
+
+    from pesc.data.show import show_mixture
+    from pesc.training.recipe import load_recipe
+    from pesc.training.train import prepare_data
+
+    console = Console(record=True)
+    mixture, tokenizer = prepare_data(load_recipe(recipe, changes), console)
+    show_mixture(mixture, tokenizer, console)
+    if html:
+        console.save_html(str(html))
+
+
+@app.command
 def info(model: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
     """Say what a model is: family, experts, parameters, sizes, missing or untouched experts.
 

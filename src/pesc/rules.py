@@ -46,8 +46,8 @@ ASCENDING = Rule("in ascending order, each once", lambda items: sorted(set(items
 class Settings:
     """Base of a dataclass of settings.
 
-    A field's type is int, float, bool, str, Path, a Literal of texts, a list of these, or other `Settings` (a
-    section); or a union of these and None. Types are strict: True is no integer, and "4" is none. A list must not be
+    A field's type is int, float, bool, str, Path, a Literal of texts, other `Settings` (a section), a list of these;
+    or a union of these and None. Types are strict: True is no integer, and "4" is none. A list must not be
     empty. A section may be given as a dict, and a path as text; its ~ is expanded.
 
     Raises:
@@ -60,9 +60,9 @@ class Settings:
             value = getattr(self, field.name)
             if field.kind is Path:
                 value = Path(value).expanduser()
-            elif field.section and isinstance(value, dict):
-                value = field.section.from_dict(value)
-            object.__setattr__(self, field.name, value)
+            elif isinstance(value, list):
+                value = [field.build(item) for item in value]
+            object.__setattr__(self, field.name, field.build(value))
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> Iterator[str]:
@@ -95,16 +95,23 @@ def _broken_rules(cls: Any, values: dict[str, Any]) -> Iterator[str]:
     right = {}
     for field in _fields(cls):
         value = values.get(field.name, field.default())
-        if field.section and isinstance(value, dict):
-            broken = [f"{field.name}.{problem}" for problem in _broken_rules(field.section, value)]
-        elif value is dataclasses.MISSING:
+        if value is dataclasses.MISSING:
             broken = [f"{field.name} is missing"]
+        elif not _fits(value, field.kind, field.rules):
+            broken = [field.problem(value)]
         else:
-            broken = [] if _fits(value, field.kind, field.rules) else [field.problem(value)]
+            parts = _sections(field.name, value)
+            broken = [f"{name}.{problem}" for name, part in parts for problem in _broken_rules(field.section, part)]
         yield from broken
         if not broken:
             right[field.name] = value
     yield from cls.conflicts(right)
+
+
+def _sections(name: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The sections in a value that are still dicts, each with its name."""
+    named = [(f"{name}[{index}]", item) for index, item in enumerate(value)] if isinstance(value, list) else []
+    return [(name, part) for name, part in named or [(name, value)] if isinstance(part, dict)]
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,7 +126,10 @@ class _Field:
     default: Callable[[], Any]
     """Without a default, {} for a section, whose own fields are then missing, else MISSING."""
     section: Any
-    """The class of settings that a section holds; None for a plain field."""
+    """The class of settings that a section, or each item of a list, holds; None for a plain field."""
+
+    def build(self, value: Any) -> Any:
+        return self.section.from_dict(value) if self.section and isinstance(value, dict) else value
 
     def problem(self, value: Any) -> str:
         return f"{self.name} ({value!r}) must be {_describe(self.kind, self.rules)}{_nearest_choice(value, self.kind)}"
@@ -131,11 +141,12 @@ def _fields(cls: Any) -> Iterator[_Field]:
         hint = hints[field.name]
         kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         rules = tuple(extra for extra in extras if isinstance(extra, Rule))
-        section = next((each for each in _alternatives(kind) if _is_section(each)), None)
+        items = [get_args(each)[0] if get_origin(each) is list else each for each in _alternatives(kind)]
+        section = next(filter(_is_section, items), None)
         default = field.default_factory
         if default is dataclasses.MISSING:
             required = field.default is dataclasses.MISSING
-            default = dict if required and section else lambda value=field.default: value
+            default = dict if required and _is_section(kind) else lambda value=field.default: value
         yield _Field(field.name, kind, rules, default, section)
 
 
@@ -152,7 +163,8 @@ def _unknown_keys(values: Any, known: list[str], path: str = "") -> Iterator[str
         if name not in known:
             yield f"{name} is unknown{_nearest_key(str(key), known, path)}"
         elif any(other.startswith(f"{name}.") for other in known):
-            yield from _unknown_keys(value, known, f"{name}.")
+            for part in value if isinstance(value, list) else [value]:
+                yield from _unknown_keys(part, known, f"{name}.")
 
 
 def _nearest_key(key: str, known: list[str], path: str) -> str:
@@ -195,6 +207,8 @@ def _fits(value: Any, kind: Any, rules: tuple[Rule, ...]) -> bool:
         of_items = tuple(rule for rule in rules if not rule.of_list)
         fit = all(_fits(item, get_args(kind)[0], of_items) for item in value)
         return fit and all(rule.holds(value) for rule in rules if rule.of_list)
+    if _is_section(kind):
+        return isinstance(value, kind | dict)  # a dict's own fields are checked one by one
     types = {float: (int, float), Path: (Path, str)}.get(kind, kind)
     right_type = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
     return right_type and all(rule.holds(value) for rule in rules if not rule.of_list)
@@ -208,7 +222,8 @@ def _describe(kind: Any, rules: tuple[Rule, ...], *, plural: bool = False) -> st
     if len(alternatives := _alternatives(kind)) > 1:
         return ", or ".join(_describe(each, rules) for each in alternatives)
     if _is_section(kind):
-        return f"a section ({', '.join(field.name for field in dataclasses.fields(kind))})"
+        names = ", ".join(field.name for field in dataclasses.fields(kind))
+        return f"sections ({names})" if plural else f"a section ({names})"
     if get_origin(kind) is Literal:
         return ("values among " if plural else "one of ") + ", ".join(get_args(kind))
     if get_origin(kind) is list:

@@ -18,10 +18,11 @@ from checkpoints import tiny_dense, without_sums
 from families import disturb, tokens
 from pesc import PescConfig
 from pesc.crafting.surgery import crafted_ffns
+from pesc.data.settings import DataSettings
 from pesc.interop.formats import FORMATS, export, import_checkpoint
 from pesc.interop.places import public_name
 from pesc.report.results import read_results, to_json
-from pesc.training.recipe import DataSettings, ModelSettings, OutputSettings
+from pesc.training.recipe import ModelSettings, OutputSettings
 from published import crafted
 from studies import make_results
 
@@ -47,7 +48,7 @@ def make_run(folder: Path, **method: str) -> Path:
     pesc.save_adapter(model, run / "adapter")
     recipe = pesc.Recipe(
         model=ModelSettings(name=str(base)),
-        data=DataSettings(train=Path("/home/me/rows.jsonl")),
+        data=DataSettings(train="/home/me/rows.jsonl"),
         output=OutputSettings(folder=run),
     )
     recipe.save(run / "recipe.yaml")

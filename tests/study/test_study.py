@@ -15,9 +15,10 @@ from rich.console import Console
 import pesc.study.study as module
 from checkpoints import tiny_dense, write_rows
 from pesc import PescConfig, load
+from pesc.data.settings import DataSettings
 from pesc.report.results import Results, read_metrics, read_results
 from pesc.study.study import Study, StudyArm, run_study
-from pesc.training.recipe import DataSettings, LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
+from pesc.training.recipe import LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
 from pesc.training.train import build_model
 
 PESC, DENSE, BASE = "PESC", "dense + LoRA", "base"
@@ -30,7 +31,7 @@ def study(tmp_path: Path) -> Study:
         model=ModelSettings(name=str(dense)),
         pesc=PescConfig(num_experts=4, adapter_dim=8, layers=[1]),
         lora=LoraSettings(r=2, alpha=4),
-        data=DataSettings(train=write_rows(tmp_path / "train.jsonl"), max_length=128),
+        data=DataSettings(train=str(write_rows(tmp_path / "train.jsonl")), max_length=128),
         training=TrainingSettings(steps=3, batch_size=2, learning_rate=1e-2),
         output=OutputSettings(folder=tmp_path),
     )

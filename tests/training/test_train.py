@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,9 @@ from definition import assert_same, gradients, step_gradients
 from pesc import PescConfig, craft_checkpoint, load, train
 from pesc.crafting.info import describe
 from pesc.crafting.lora import adapter_tensors
+from pesc.data.settings import DataSettings
 from pesc.training.checkpoints import last_checkpoint
 from pesc.training.recipe import (
-    DataSettings,
     LoraSettings,
     ModelSettings,
     OutputSettings,
@@ -58,6 +60,7 @@ def make_recipe(tmp_path: Path, **changes) -> Recipe:
         "folder": tmp_path / "run",
         "save_steps": 2,
     } | changes
+    values["train"] = str(values["train"])
 
     def section(settings: Any) -> Any:
         names = [field.name for field in dataclasses.fields(settings) if field.name in values]
@@ -89,6 +92,7 @@ def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> 
     assert describe(adapter).untouched == []
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "adapter",
+        "left_out.txt",
         "metrics.jsonl",
         "recipe.yaml",
         "summary.json",
@@ -320,13 +324,14 @@ def test_a_run_with_a_damaged_recipe_is_refused_with_a_way_out(tmp_path: Path, c
 def test_data_that_has_changed_since_are_refused(tmp_path: Path, console: Console) -> None:
     recipe = make_recipe(tmp_path)
     train(recipe, console)
-    recipe.data.train.rename(tmp_path / "elsewhere.jsonl")
+    rows = tmp_path / "rows.jsonl"
+    rows.rename(tmp_path / "elsewhere.jsonl")
     train(recipe, console)  # complete: needs no data
-    write_rows(recipe.data.train)
+    write_rows(rows)
     train(recipe, console)
-    with recipe.data.train.open("a") as data:
-        data.write(recipe.data.train.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match=r"rows.jsonl has changed since the run in .*run began"):
+    with rows.open("a") as data:
+        data.write(rows.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"data.train has changed since the run in .*run began"):
         train(recipe, console)
 
 
@@ -371,9 +376,21 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path, console
     assert all(torch.allclose(runs[0][name], runs[1][name], atol=1e-4) for name in runs[0])
 
 
+def documents(inputs: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
+    """Each document of a micro-batch alone, padded or packed."""
+    input_ids, labels = inputs["input_ids"].tolist(), inputs["labels"].tolist()
+    if "attention_mask" in inputs:
+        parts = [(row, 0, length) for row, length in enumerate(inputs["attention_mask"].sum(dim=1).tolist())]
+    else:
+        starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), len(input_ids[0])]
+        parts = [(0, start, end) for start, end in itertools.pairwise(starts)]
+    return [(input_ids[row][start:end], labels[row][start:end]) for row, start, end in parts]
+
+
+@pytest.mark.parametrize("packing", [None, "sdpa", "eager"])
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU path", "GPU path"])
 def test_gradients_are_those_of_the_definition(
-    on_cpu: bool, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+    on_cpu: bool, packing: str | None, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pesc = PescConfig(
         num_experts=[4, 3],
@@ -382,14 +399,15 @@ def test_gradients_are_those_of_the_definition(
         router_aux_loss_coef=0.5,
         router_z_loss_coef=0.05,
     )
-    recipe = make_recipe(tmp_path, pesc=pesc, gradient_accumulation_steps=2, steps=1)
+    packed = {"packing": packing is not None}
+    recipe = make_recipe(tmp_path, pesc=pesc, gradient_accumulation_steps=2, steps=1, **packed)
     start, plain, step = training.build_model(recipe), PescTrainer.training_step, []
     found: dict[str, torch.Tensor] = {}
 
     def watched(self, model, inputs, *args):
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        pairs = zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), lengths, strict=True)
-        step.append([(ids[:length], labels[:length]) for ids, labels, length in pairs])
+        if packing:
+            self.model.set_attn_implementation(packing)
+        step.append(documents(inputs))
         loss = plain(self, model, inputs, *args)
         found.update(gradients(self.model))
         return loss
@@ -397,7 +415,7 @@ def test_gradients_are_those_of_the_definition(
     monkeypatch.setattr(PescTrainer, "training_step", watched)
     monkeypatch.setattr(PescTrainer, "scores_labelled_positions", on_cpu)
     train(recipe, console)
-    assert [len(micro_batch) for micro_batch in step] == [2, 2]
+    assert [len(micro_batch) for micro_batch in step] == ([6, 6] if packing else [2, 2])
     assert_same(found, step_gradients(start, step))
 
 
@@ -408,6 +426,7 @@ def test_a_failed_start_does_not_claim_the_folder(tmp_path: Path, console: Conso
 
 
 def test_examples_that_do_not_fit_are_told(tmp_path: Path, console: Console) -> None:
-    with pytest.raises(ValueError, match="no example with anything to train on within 16 tokens"):
+    with pytest.raises(ValueError, match=r"no example with anything to train on within 16 tokens.*12 of 12"):
         train(make_recipe(tmp_path, max_length=16), console)
-    assert "12 of 12 examples were truncated to 16 tokens; 12 dropped" in console.file.getvalue()
+    train(make_recipe(tmp_path, max_length=40), console)
+    assert re.search(r"rows.jsonl: \d+ examples are longer than data.max_length", console.file.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,48 +11,25 @@ IGNORE_INDEX = -100
 """Label of a token that is not trained on."""
 
 
-@dataclass
-class Encoded:
-    """Tokenized examples, and what became of those that did not fit."""
+def encode_conversation(
+    conversation: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of what `pesc.data.formats.conversation` gives; of plain text, every token but the first.
 
-    examples: list[dict[str, list[int]]]
-    """`input_ids` and `labels` of each, of equal length; what is not trained on has the label `IGNORE_INDEX`."""
-    split: int
-    """Conversations that became an example for each assistant turn, as the chat template rewrites earlier turns."""
-    truncated: int
-    """Examples longer than the maximal length."""
-    dropped: int
-    """Examples without a token to train on within the maximal length."""
-
-
-def encode_examples(
-    conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Encoded:
-    """Tokenize conversations with the tokenizer's chat template.
-
-    Args:
-        conversations: as `read_examples` gives them.
-        tokenizer: a fast tokenizer with a chat template.
-        max_length: tokens of an example; longer ones are truncated.
+    Returns:
+        (input_ids, labels) of each example, as `encode_messages` does.
 
     Raises:
-        ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
+        ValueError: as `encode_messages` does.
     """
-    encoded = Encoded([], 0, 0, 0)
-    for conversation in conversations:
-        pairs = encode_messages(conversation["messages"], tokenizer)
-        encoded.split += len(pairs) > 1
-        for input_ids, labels in pairs:
-            encoded.truncated += len(input_ids) > max_length
-            if all(label == IGNORE_INDEX for label in labels[1:max_length]):
-                encoded.dropped += 1
-            else:
-                encoded.examples.append({"input_ids": input_ids[:max_length], "labels": labels[:max_length]})
-    return encoded
+    if "text" in conversation:
+        input_ids = [*tokenizer(conversation["text"])["input_ids"], tokenizer.eos_token_id]
+        return [(input_ids, [IGNORE_INDEX, *input_ids[1:]])]
+    return encode_messages(conversation["messages"], tokenizer, conversation.get("tools"))
 
 
 def encode_messages(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None
 ) -> list[tuple[list[int], list[int]]]:
     """Tokens of one conversation and their labels.
 
@@ -68,12 +44,13 @@ def encode_messages(
     Raises:
         ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
     """
-    complete = render(messages, tokenizer)
+    complete = render(messages, tokenizer, tools=tools)
     answers = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = render(messages[:index], tokenizer, add_generation_prompt=True)
-            text = render(messages[: index + 1], tokenizer)
+            prompt = render(messages[:index], tokenizer, tools=tools, add_generation_prompt=True)
+            last = index + 1 == len(messages)
+            text = complete if last else render(messages[: index + 1], tokenizer, tools=tools)
             if not text.startswith(prompt):
                 raise ValueError(
                     "the chat template renders the prompt differently once an answer follows it, so the answer cannot "
@@ -94,7 +71,7 @@ def _label(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokeniz
     return list(tokens["input_ids"]), labels
 
 
-def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
+def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str:
     """A conversation as text, by the tokenizer's chat template.
 
     Raises:
@@ -102,8 +79,8 @@ def render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template: put a chat_template.jinja into the "
-            "model's folder"
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: choose one in the recipe "
+            "(data.chat_template=chatml or camelidae), or put a chat_template.jinja into the model's folder"
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))

@@ -15,6 +15,7 @@ from rich.table import Table
 from pesc.config import PescConfig
 from pesc.crafting.embedded import EMBEDDED
 from pesc.crafting.load import locate
+from pesc.data.settings import DataSettings
 from pesc.demo.mixture import DOMAINS, LICENCES, SOURCES, MixtureInfo, build_mixture
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
@@ -24,7 +25,7 @@ from pesc.report.results import Results, Source
 from pesc.storage.files import write_json
 from pesc.storage.lock import locked
 from pesc.study.study import Study, StudyArm, run_study
-from pesc.training.recipe import DataSettings, LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
+from pesc.training.recipe import LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
 
 EXAMPLES_PER_DOMAIN = 100
 HELD_OUT_PER_DOMAIN = 32
@@ -39,7 +40,7 @@ def demo_recipe(output: Path) -> Recipe:
         model=ModelSettings(name=EMBEDDED),
         pesc=PescConfig(num_experts=8, num_experts_per_tok=2, adapter_dim=64),
         lora=LoraSettings(r=16, alpha=32),
-        data=DataSettings(train=output / "data" / "train.jsonl", max_length=512),
+        data=DataSettings(train=str(output / "data" / "train.jsonl"), max_length=512),
         training=TrainingSettings(batch_size=4, learning_rate=1e-3, lr_scheduler_type="linear", max_grad_norm=1.0),
         output=OutputSettings(folder=output, save_steps=25),
     )

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pesc.crafting.backbone import watch_routing
-from pesc.data.chat import IGNORE_INDEX, encode_messages
+from pesc.data.chat import IGNORE_INDEX, encode_conversation
 from pesc.method.routing import Routing
 from pesc.report.results import Example, ExpertCounts
 from pesc.training.loss import summed_loss
@@ -36,14 +36,14 @@ def encode_held_out(
     """Tokenize held-out conversations.
 
     Args:
-        rows: conversations with `messages` and `domain` each; one that `encode_messages` splits is several examples.
+        rows: conversations with `messages` and `domain` each; one that is split is several examples.
         tokenizer: with a chat template.
         max_length: tokens of an example; the rest is truncated.
 
     Raises:
         ValueError: when nothing is left to score.
     """
-    pairs = [(pair, row["domain"]) for row in rows for pair in encode_messages(row["messages"], tokenizer)]
+    pairs = [(pair, row["domain"]) for row in rows for pair in encode_conversation(row, tokenizer)]
     examples, tokens = [], []
     for (input_ids, labels), domain in pairs:
         labelled = sum(label != IGNORE_INDEX for label in labels[1:max_length])

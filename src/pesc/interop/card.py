@@ -123,7 +123,8 @@ def _training(recipe: dict[str, Any] | None, results: Results | None) -> str:
         return "## Training\n\nNo recipe was found beside the model."
     settings = recipe.get("data")
     train = settings.get("train", "unknown") if isinstance(settings, dict) else "unknown"
-    data = f"Data: `{train}`; every answer of the assistant is trained on."
+    sources = [str(source["path"]) for source in train] if isinstance(train, list) else [str(train)]
+    data = f"Data: `{'`, `'.join(sources)}`; every answer of the assistant is trained on."
     lines = [f"- {s.domain}: {s.source} ({s.licence})" for s in results.sources] if results else []
     lines += [f"- {note}" for note in results.notes] if results else []
     listed = "\n\n" + "\n".join(lines) if lines else ""

@@ -17,8 +17,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(place: str) -> str:
-    """A folder's own name, or the hub id of one in a hub's cache; what is no absolute path stays as it is."""
-    if not os.path.isabs(place) and not place.startswith("~"):
+    """A folder's own name, or the hub id of one in a hub's cache; a path that stays in this folder is left as it is."""
+    if not os.path.isabs(place) and not place.startswith(("~", "..")):
         return place
     cached = [part.removeprefix("models--") for part in Path(place).parts if part.startswith("models--")]
     return cached[0].replace("--", "/", 1) if cached else Path(place).name
@@ -31,12 +31,18 @@ def public_recipe(recipe: dict[str, Any], base: str) -> dict[str, Any]:
         recipe: as recipe.yaml holds it.
         base: the name of the base in adapter.json, which tells a folder from a hub id.
     """
-    shown = {section: dict(values) if isinstance(values, dict) else values for section, values in recipe.items()}
-    shown.pop("output", None)
-    for section, key, place in (("model", "name", base), ("data", "train", None)):
-        if isinstance(values := shown.get(section), dict) and key in values:
-            values[key] = Path(str(values[key])).name if place is None else public_name(place)
+    shown = {section: _public(values) for section, values in recipe.items() if section != "output"}
+    if isinstance(model := shown.get("model"), dict):
+        model["name"] = public_name(base)
     return shown
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_public(inner) for inner in value]
+    return public_name(value) if isinstance(value, str) else value
 
 
 def public_results(results: Results) -> Results:

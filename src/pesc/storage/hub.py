@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_DATA = ["*.json", "*.jsonl", "*.parquet"]
 _PICKLED = ["*.json", "*.model", "pytorch_model*.bin"]
 
 
@@ -47,18 +48,31 @@ def download(model: str, way_out: str, *, pickled: bool = False) -> Path:
     Raises:
         FileNotFoundError: for an invalid id, or one that the hub does not provide.
     """
+    folder = _snapshot(model, _FILES, way_out, "model")
+    if pickled and not any(folder.glob("*.safetensors")):
+        folder = _snapshot(model, _PICKLED, way_out, "model")
+    return folder
+
+
+def download_data(dataset: str) -> Path:
+    """The local snapshot of a hub dataset: its JSON and Parquet files.
+
+    Raises:
+        FileNotFoundError: for an invalid id, or one that the hub does not provide.
+    """
+    return _snapshot(dataset, _DATA, "give a file, a folder, or a dataset's hub id such as org/name", "dataset")
+
+
+def _snapshot(name: str, patterns: list[str], way_out: str, kind: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_FILES))
-        if pickled and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model, allow_patterns=_PICKLED))
+        return Path(snapshot_download(name, allow_patterns=patterns, repo_type=kind))
     except HFValidationError as error:
-        raise FileNotFoundError(f"{model}: no such folder, and no valid hub id; {way_out}") from error
+        raise FileNotFoundError(f"{name}: no such folder, and no valid hub id; {way_out}") from error
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"{model}: no such folder, and the hub did not provide it ({reason}); {way_out}"
+            f"{name}: no such folder, and the hub did not provide it ({reason}); {way_out}"
         ) from error
-    return folder

@@ -12,6 +12,7 @@ import yaml
 
 from pesc.config import PescConfig
 from pesc.crafting.embedded import EMBEDDED
+from pesc.data.settings import DataSettings
 from pesc.rules import Settings, above, at_least, below
 from pesc.storage.files import write_text
 
@@ -43,16 +44,6 @@ class LoraSettings(Settings):
     """Dropout on LoRA's input."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get LoRA; all-linear means all but the output layer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(Settings):
-    """What the model is trained on."""
-
-    train: Path
-    """JSONL, an example a line: {"messages": [{"role": …, "content": …}, …]}. Every assistant turn is trained on."""
-    max_length: Annotated[int, at_least(2)] = 2048
-    """Tokens of an example; longer ones are truncated, and counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +169,15 @@ def differences(recipe: Recipe, other: Recipe) -> list[str]:
     """What makes two runs' results differ: "key: the other's value there, the recipe's asked for".
 
     Not counted: where a run is kept and how often it is saved, how a path is written, whether activations are
-    recomputed, and the data's path (their content counts, but is not in the recipe).
+    recomputed, and the data's paths (their content counts, but is not in the recipe).
     """
     return list(_differences(_what_counts(recipe), _what_counts(other), ""))
 
 
 def _what_counts(recipe: Recipe) -> dict[str, Any]:
     values = recipe.to_dict()
-    del values["output"], values["data"]["train"], values["training"]["gradient_checkpointing"]
+    del values["output"], values["training"]["gradient_checkpointing"]
+    values["data"]["train"] = [source.to_dict() | {"path": ""} for source in recipe.data.sources]
     if (folder := Path(recipe.model.name).expanduser()).exists():
         values["model"]["name"] = str(folder.resolve())
     return values

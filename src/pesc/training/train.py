@@ -7,7 +7,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-import datasets
 import torch
 from peft import LoraConfig
 from rich.console import Console
@@ -21,12 +20,12 @@ from pesc.crafting.craft import craft
 from pesc.crafting.load import RECIPE, locate
 from pesc.crafting.lora import add_lora, train_experts
 from pesc.crafting.surgery import crafted_ffns
-from pesc.data.chat import encode_examples
-from pesc.data.formats import read_examples
+from pesc.data.mixture import LEFT_OUT, Mixture, content_hash, prepare_mixture
+from pesc.data.templates import set_chat_template
 from pesc.machine.allocator import keep_freed_memory
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
-from pesc.storage.files import file_sha256, write_json, write_text
+from pesc.storage.files import write_json, write_text
 from pesc.storage.lock import locked
 from pesc.training.callbacks import METRICS, MetricsWriter, StopAtSignal, Stopped
 from pesc.training.checkpoints import last_checkpoint
@@ -39,8 +38,8 @@ SUMMARY, DATA_DIGEST, CHECKPOINTS = "summary.json", "train_data.sha256", "checkp
 def train(recipe: Recipe, console: Console | None = None, label: str = "train") -> Path:
     """Run a recipe, or the rest of it if it was interrupted.
 
-    The run's folder gets recipe.yaml, train_data.sha256, metrics.jsonl, checkpoints/ while it runs, and summary.json
-    and adapter/ at its end.
+    The run's folder gets recipe.yaml, train_data.sha256, left_out.txt, metrics.jsonl, checkpoints/ while it runs, and
+    summary.json and adapter/ at its end.
 
     Args:
         recipe: the run.
@@ -74,15 +73,15 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
 def _train(recipe: Recipe, console: Console, label: str) -> None:
     run = recipe.output.folder
     keep_freed_memory()
-    tokenizer = locate(recipe.model.name).tokenizer()
-    examples = _encoded_examples(recipe, tokenizer, console)
+    mixture, tokenizer = prepare_data(recipe, console)
     with quiet_libraries():
         model = build_model(recipe)
     recipe.save(run / RECIPE)
-    write_text(run / DATA_DIGEST, file_sha256(recipe.data.train) + "\n")
+    write_text(run / DATA_DIGEST, content_hash(recipe.data) + "\n")
+    mixture.write_left_out(run / LEFT_OUT)
     writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
-        trainer = _build_trainer(recipe, model, tokenizer, examples, writer)
+        trainer = _build_trainer(recipe, model, tokenizer, mixture, writer)
         try:
             with measure_peak_memory() as peak:
                 last = _train_or_resume(trainer, run / CHECKPOINTS, console)
@@ -90,6 +89,21 @@ def _train(recipe: Recipe, console: Console, label: str) -> None:
             writer.stop()
     write_json(run / SUMMARY, {**writer.summary(), "peak_memory_gb": peak.gigabytes})
     (last / ADAPTER).rename(run / ADAPTER)
+
+
+def prepare_data(recipe: Recipe, console: Console) -> tuple[Mixture, PreTrainedTokenizerBase]:
+    """The examples that a recipe trains on, and the tokenizer with its chat template.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `prepare_mixture` and `set_chat_template` do.
+    """
+    tokenizer = locate(recipe.model.name).tokenizer()
+    set_chat_template(tokenizer, recipe.data.chat_template)
+    with quiet_libraries():
+        mixture = prepare_mixture(recipe.data, tokenizer, recipe.training.seed, console)
+    for line in mixture.notes():
+        console.print(line, highlight=False, markup=False)
+    return mixture, tokenizer
 
 
 def build_model(recipe: Recipe) -> PreTrainedModel:
@@ -117,13 +131,13 @@ def _build_trainer(
     recipe: Recipe,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, list[int]]],
+    mixture: Mixture,
     writer: MetricsWriter,
 ) -> PescTrainer:
     trainer = PescTrainer(
         model,
         args=_arguments(recipe),
-        train_dataset=datasets.Dataset.from_list(examples),
+        train_dataset=mixture.examples,
         processing_class=tokenizer,
         callbacks=[writer],
     )
@@ -159,27 +173,6 @@ def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) 
     return checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _encoded_examples(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> list[dict[str, list[int]]]:
-    data = recipe.data
-    conversations = read_examples(data.train)
-    encoded = encode_examples(conversations, tokenizer, data.max_length)
-    if encoded.split:
-        console.print(
-            f"{encoded.split} of {len(conversations)} conversations became an example for each answer, since the chat "
-            "template rewrites earlier turns"
-        )
-    if encoded.truncated or encoded.dropped:
-        console.print(
-            f"{encoded.truncated} of {len(encoded.examples) + encoded.dropped} examples were truncated to "
-            f"{data.max_length} tokens; {encoded.dropped} dropped, with nothing to train on within that length"
-        )
-    if not encoded.examples:
-        raise ValueError(f"{data.train} has no example with anything to train on within {data.max_length} tokens")
-    return encoded.examples
-
-
 def _refuse_another_recipe(recipe: Recipe) -> None:
     run = recipe.output.folder
     if not (run / RECIPE).is_file():
@@ -199,12 +192,17 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
 
 
 def _refuse_other_data(recipe: Recipe) -> None:
-    run, data = recipe.output.folder, recipe.data.train
+    run = recipe.output.folder
     digest = run / DATA_DIGEST
-    # A run that is complete does not need its data.
-    if digest.is_file() and data.is_file() and digest.read_text().strip() != file_sha256(data):
+    if not digest.is_file():
+        return
+    try:
+        changed = digest.read_text().strip() != content_hash(recipe.data)
+    except FileNotFoundError:  # a run that is complete does not need its data
+        return
+    if changed:
         raise ValueError(
-            f"{data} has changed since the run in {run} began: choose another output.folder, or remove that folder"
+            f"data.train has changed since the run in {run} began: choose another output.folder, or remove that folder"
         )
 
 
@@ -213,6 +211,9 @@ def _arguments(recipe: Recipe) -> SFTConfig:
     return SFTConfig(
         output_dir=str(recipe.output.folder / CHECKPOINTS),
         max_length=recipe.data.max_length,
+        packing=recipe.data.packing,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,  # the sampler needs their lengths
         num_train_epochs=training.epochs,
         max_steps=training.steps or -1,
         per_device_train_batch_size=training.batch_size,

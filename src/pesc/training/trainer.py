@@ -10,6 +10,7 @@ from trl import SFTTrainer
 
 from pesc.crafting.backbone import watch_routing
 from pesc.data.chat import IGNORE_INDEX
+from pesc.data.prepare import column
 from pesc.machine.allocator import release_where_scarce
 from pesc.method.routing import Routing, load_entropy
 from pesc.training.checkpoints import AdapterCheckpoints
@@ -80,7 +81,7 @@ class PescTrainer(RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrai
     """Trains crafted models, and dense ones with LoRA, the same way."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        lengths = column(train_dataset or self.train_dataset, "length").tolist()
         return LengthGroupedSampler(
             lengths, self.args.train_batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
         )

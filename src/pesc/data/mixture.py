@@ -1,0 +1,122 @@
+"""A mixture: so much of each source, drawn by the seed, the same on every machine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+from pesc.data.prepare import PreparedSource, column, digest_of, prepare_source
+from pesc.data.settings import DataSettings
+from pesc.data.sources import cut, data_files
+from pesc.storage.files import write_text
+
+LEFT_OUT = "left_out.txt"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The examples of one epoch."""
+
+    examples: datasets.Dataset
+    """Columns `input_ids`, `labels` and `length`, among others; packed, each holds several documents, and
+    `seq_lengths`."""
+    sources: list[PreparedSource]
+    drawn: list[np.ndarray]
+    """Of each source, the indices of its examples that are in the mixture, with repeats."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[examples], in tokens."""
+        return column(self.examples, "length")
+
+    def notes(self) -> list[str]:
+        """Sentences on what did not become an example as it was."""
+        return [note for source in self.sources for note in _notes(source)]
+
+    def write_left_out(self, path: Path) -> None:
+        """List the rows that are no examples, and those that share words with an evaluation set."""
+        found = [(source.settings.path, source.counts) for source in self.sources]
+        lines = [f"{name}: {line}" for name, counts in found for line in [*counts.faults, *counts.contaminated]]
+        write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def prepare_mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, console: Console) -> Mixture:
+    """Encode every source, or map what was encoded before, and draw the mixture.
+
+    Args:
+        data: the recipe's section.
+        tokenizer: with the chat template to use.
+        seed: decides which rows are drawn, and their order.
+        console: where progress is shown.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `prepare_source` does.
+        ValueError: more rows are asked for than a source has, or nothing is left to train on.
+    """
+    sources = [prepare_source(source, data, tokenizer, console) for source in data.sources]
+    drawn = [_draw(source, f"{seed}, source {number}") for number, source in enumerate(sources)]
+    if not sum(map(len, drawn)):
+        lost, rows = (sum(getattr(source.counts, name) for source in sources) for name in ("dropped", "rows"))
+        raise ValueError(
+            f"data.train has no example with anything to train on within {data.max_length} tokens: {lost} of {rows} "
+            "lose their answers; raise data.max_length"
+        )
+    starts = np.cumsum([0, *(len(source.examples) for source in sources)])
+    order = np.concatenate([start + chosen for start, chosen in zip(starts, drawn, strict=False)]).tolist()
+    random.Random(f"order {seed}").shuffle(order)
+    examples = datasets.concatenate_datasets([source.examples for source in sources]).select(order)
+    if data.packing:
+        examples = _pack(examples, data.max_length)
+    return Mixture(examples, sources, drawn)
+
+
+def content_hash(data: DataSettings) -> str:
+    """Of the bytes of every source's files.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+    """
+    return digest_of([[cut(file)[1] for file in data_files(source.path)] for source in data.sources])
+
+
+def _notes(source: PreparedSource) -> Iterator[str]:
+    counts, name = source.counts, source.settings.path
+    if counts.split:
+        yield (
+            f"{name}: {counts.split} of {counts.rows} conversations became an example for each answer, since the chat "
+            "template rewrites earlier turns"
+        )
+    if counts.truncated or counts.dropped:
+        yield (
+            f"{name}: {counts.truncated} examples are longer than data.max_length; {counts.dropped} have nothing to "
+            "train on within it, and are left out"
+        )
+    if counts.faults or counts.contaminated:
+        yield (
+            f"{name}: {len(counts.faults)} of {counts.rows} rows are no examples, {len(counts.contaminated)} share "
+            f"words with an evaluation set; they are left out, and listed in {LEFT_OUT}"
+        )
+
+
+def _draw(source: PreparedSource, seed: str) -> np.ndarray:
+    """Indices of the examples of the rows that are drawn."""
+    rows, settings = source.counts.rows, source.settings
+    if settings.rows is not None and settings.rows > rows:
+        raise ValueError(f"{settings.path} has {rows} rows, but {settings.rows} are to be drawn: ask for fewer")
+    wanted = round(settings.weight * rows) if settings.rows is None else settings.rows
+    complete, rest = divmod(wanted, rows)
+    chosen = np.isin(source.rows, random.Random(seed).sample(range(rows), rest)).nonzero()[0]
+    return np.concatenate([*[np.arange(len(source.rows))] * complete, chosen])
+
+
+def _pack(examples: datasets.Dataset, max_length: int) -> datasets.Dataset:
+    packed = pack_dataset(examples.select_columns(["input_ids", "labels"]), max_length)
+    return packed.map(lambda rows: {"length": [sum(each) for each in rows["seq_lengths"]]}, batched=True)

@@ -1,0 +1,37 @@
+"""What is shown of a mixture is what it is."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from checkpoints import tiny_tokenizer, write_rows
+from pesc.data.mixture import prepare_mixture
+from pesc.data.settings import DataSettings, SourceSettings
+from pesc.data.show import show_mixture
+
+
+def test_the_table_the_lengths_and_the_coloured_tokens(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "abc"}\n{"text": 3}\n')
+    data = DataSettings(
+        train=[
+            SourceSettings(path=str(write_rows(tmp_path / "rows.jsonl")), weight=2.0),
+            SourceSettings(path=str(tmp_path / "text.jsonl")),
+        ],
+        on_bad_row="skip",
+    )
+    console = Console(file=io.StringIO(), width=200, record=True)
+    mixture = prepare_mixture(data, tiny_tokenizer(), 0, console)
+    show_mixture(mixture, tiny_tokenizer(), console)
+    page = console.export_html(clear=False)
+    shown = console.export_text()
+    cells = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if "jsonl │" in line]
+    rows = sum(len(ids) for ids in mixture.sources[0].examples["input_ids"])
+    assert cells[0][2:8] == ["messages", "12", "0", "0", "0", "0"] and cells[0][8:10] == ["24", f"{2 * rows:,}"]
+    assert cells[1][2:-1] == ["text", "2", "1", "0", "0", "0", "1", "4", "3", f"{4 / (2 * rows + 4):.1%}"]
+    bars = [line.split() for line in shown.splitlines() if "█" in line]
+    assert sum(int(bar[3]) for bar in bars) == 25
+    assert "<|im_start|>user\ncount to" in shown
+    assert "color: #008000" in page
