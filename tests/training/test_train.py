@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 import pesc.training.train as training
 from checkpoints import tiny_dense, write_rows
 from definition import assert_same, gradients, step_gradients
-from pesc import PescConfig, craft_checkpoint, load, train
+from pesc import PescConfig, craft_checkpoint, load, load_tokenizer, train
 from pesc.crafting.info import describe
 from pesc.crafting.lora import adapter_tensors
 from pesc.data.settings import DataSettings
+from pesc.interop.formats import export
 from pesc.training.checkpoints import last_checkpoint
 from pesc.training.recipe import (
     LoraSettings,
@@ -349,7 +350,7 @@ def test_dense_and_crafted_runs_see_the_same_data_in_the_same_order(
 
         with monkeypatch.context() as patch:
             patch.setattr(PescTrainer, "training_step", step)
-            train(make_recipe(tmp_path, folder=tmp_path / name, pesc=pesc), console)
+            train(make_recipe(tmp_path, folder=tmp_path / f"run-{name}", pesc=pesc), console)
         seen[name] = batches
     assert seen["dense"] == seen["pesc"]
 
@@ -430,3 +431,12 @@ def test_examples_that_do_not_fit_are_told(tmp_path: Path, console: Console) -> 
         train(make_recipe(tmp_path, max_length=16), console)
     train(make_recipe(tmp_path, max_length=40), console)
     assert re.search(r"rows.jsonl: \d+ examples are longer than data.max_length", console.file.getvalue())
+
+
+def test_the_chat_template_goes_with_the_adapter_and_into_exports(tmp_path: Path, console: Console) -> None:
+    train(make_recipe(tmp_path, chat_template="camelidae", steps=1), console)
+    asked = [{"role": "user", "content": "hi"}]
+    for place in (tmp_path / "run", export(tmp_path / "run", tmp_path / "standalone", "pesc")):
+        tokenizer = load_tokenizer(place)
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert prompt == "### Human:\nhi\n### Assistant:\n"

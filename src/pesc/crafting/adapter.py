@@ -50,6 +50,8 @@ class AdapterSettings:
     """The experts; None for a dense model tuned with LoRA alone."""
     lora: dict[str, Any] | None
     """peft's settings that differ from its defaults."""
+    chat_template: str | None = None
+    """What it was trained with; None means the base tokenizer's own."""
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
@@ -62,7 +64,7 @@ class AdapterSettings:
         path, values = folder / ADAPTER_JSON, read_json(folder / ADAPTER_JSON)
         refuse_absurd_numbers(values, path)
         kinds: dict[str, Any] = dict.fromkeys(("base_model", "base_sha256", "base_config_sha256"), str)
-        kinds |= dict.fromkeys(("pesc", "lora"), dict | None)
+        kinds |= dict.fromkeys(("pesc", "lora"), dict | None) | {"chat_template": str | None}
         if missing := [key for key in kinds if key not in values]:
             raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged, or of an older version of pesc")
         wrong = [f"{key} ({values[key]!r})" for key, kind in kinds.items() if not isinstance(values[key], kind)]
@@ -76,7 +78,7 @@ class AdapterSettings:
         return cls(**{key: values[key] for key in kinds} | {"pesc": pesc_config})
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> AdapterSettings:
+    def of(cls, model: PreTrainedModel, chat_template: str | None = None) -> AdapterSettings:
         """Those of a tuned model.
 
         Raises:
@@ -94,6 +96,7 @@ class AdapterSettings:
             base_config_sha256=config_hash(folder),
             pesc=model.config.pesc_config if crafted_ffns(model) else None,
             lora=_lora_settings(loras[LORA_NAME], model) if loras else None,
+            chat_template=chat_template,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,12 +116,13 @@ def base_of(model: PreTrainedModel) -> str:
     return base
 
 
-def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
+def save_adapter(model: PreTrainedModel, folder: str | Path, *, chat_template: str | None = None) -> Path:
     """Write a model's adapter folder.
 
     Args:
         model: tuned, with LoRA, experts or both; `config.name_or_path` names its base.
         folder: must not exist yet.
+        chat_template: what it was trained with, if that is not the base tokenizer's own.
 
     Returns:
         `folder`.
@@ -129,11 +133,11 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
         ValueError: the model has neither LoRA nor experts, or LoRA under another name than "default".
     """
     with new_folder(Path(folder).expanduser()) as partial:
-        write_adapter(model, partial)
+        write_adapter(model, partial, chat_template)
     return Path(folder).expanduser()
 
 
-def write_adapter(model: PreTrainedModel, folder: Path) -> None:
+def write_adapter(model: PreTrainedModel, folder: Path, chat_template: str | None = None) -> None:
     """Write an adapter folder's files into a folder that is there; see `save_adapter`."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -142,7 +146,7 @@ def write_adapter(model: PreTrainedModel, folder: Path) -> None:
     tensors = {name: p.detach().contiguous() for name, p in adapter_tensors(model).items()}
     if not tensors:
         raise ValueError(f"{type(model).__name__} has neither LoRA nor experts: there is no adapter to save")
-    settings = AdapterSettings.of(model)
+    settings = AdapterSettings.of(model, chat_template)
     save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     write_json(folder / ADAPTER_JSON, settings.to_dict(), sort_keys=True)
     write_checksums(folder, [ADAPTER_JSON, ADAPTER_WEIGHTS])

@@ -77,5 +77,3 @@ def _ffn_dtype(skeleton: Any, weights: Weights) -> torch.dtype:
         if in_model.startswith(f"{ffn}."):
             return getattr(torch, weights.tensors[name].dtype)
     return torch.float32
-
-

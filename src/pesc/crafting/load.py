@@ -35,7 +35,7 @@ from pesc.crafting.skeleton import (
 from pesc.crafting.sources import resolve
 from pesc.storage.checksums import SMALL, check_checksums
 from pesc.storage.compare import TensorDifferences
-from pesc.storage.files import read_json
+from pesc.storage.files import copy_companions, read_json
 from pesc.storage.weights import Weights, weights_hash
 
 Kind = Literal["dense", "crafted", "adapter"]
@@ -173,7 +173,7 @@ class ModelRef:
         return weights
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer, padding set for training and generation.
+        """The base's tokenizer, padding set for training and generation, with the chat template of an adapter.
 
         Raises:
             FileNotFoundError: the model has none.
@@ -189,7 +189,19 @@ class ModelRef:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise ValueError(f"{folder}: the tokenizer must name an eos_token or a pad_token in tokenizer_config.json")
+        if template := self._own_chat_template:
+            tokenizer.chat_template = template
         return tokenizer
+
+    @property
+    def _own_chat_template(self) -> str | None:
+        return self.settings.chat_template if self.kind == "adapter" else None
+
+    def copy_companions(self, target: Path) -> None:
+        """Copy what lies beside the base's weights, tokenizer and licence, and an adapter's chat template."""
+        copy_companions(self.base.folder, target)
+        if template := self._own_chat_template:
+            (target / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     def load(self, *, folded: bool = False, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
         """The model in memory, in eval mode.

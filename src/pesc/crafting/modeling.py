@@ -29,7 +29,7 @@ from pesc.crafting.surgery import add_experts
 from pesc.method.backends import AUTO
 from pesc.method.extend import Extension, extend_class
 from pesc.method.losses import carry_loss
-from pesc.storage.checksums import SUMS
+from pesc.storage.checksums import SUMS, write_checksums
 from pesc.storage.compare import TensorDifferences
 from pesc.storage.files import link_or_copy
 from pesc.storage.weights import SINGLE
@@ -99,12 +99,13 @@ class PescForCausalLM(Extension, PreTrainedModel):
             (Path(save_directory) / SUMS).unlink(missing_ok=True)  # of what was saved there before
             super().save_pretrained(save_directory, *args, **kwargs)
         elif kwargs.get("is_main_process", True):
-            from pesc.crafting.adapter import ADAPTER_WEIGHTS, write_adapter
+            from pesc.crafting.adapter import ADAPTER_JSON, ADAPTER_WEIGHTS, write_adapter
 
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             write_adapter(self, Path(save_directory))
             # Trainers resume from a file of this name, and read from it the tensors that it has.
             link_or_copy(Path(save_directory) / ADAPTER_WEIGHTS, Path(save_directory) / SINGLE)
+            write_checksums(Path(save_directory), [ADAPTER_JSON, ADAPTER_WEIGHTS, SINGLE])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As torch's; with `strict=False` nothing is missing where LoRA, routers and experts are all there."""

@@ -10,7 +10,7 @@ from pesc.crafting.load import ModelRef
 from pesc.interop.card import write_card
 from pesc.interop.format import Format
 from pesc.interop.places import public_name
-from pesc.storage.files import copy_companions, read_json, write_json
+from pesc.storage.files import read_json, write_json
 
 
 def _write_standalone(ref: ModelRef, out: Path) -> None:
@@ -20,7 +20,7 @@ def _write_standalone(ref: ModelRef, out: Path) -> None:
         weights = ref.complete_weights()
         for file in [ref.folder / "config.json", *ref.folder.glob("*.index.json"), *weights.files]:
             shutil.copyfile(file, out / file.name)
-    copy_companions(ref.base.folder, out)
+    ref.copy_companions(out)
     write_card(out, ref)
 
 

@@ -22,7 +22,7 @@ import torch
 from pesc.crafting.load import ModelRef
 from pesc.interop.format import Format, Source, open_source
 from pesc.interop.limits import Limits, crafted_layers, head_dim_of, multipliers_of, reasons_against, setting_of
-from pesc.storage.files import copy_companions, write_json
+from pesc.storage.files import write_json
 from pesc.storage.weights import SHARD_BYTES, ShardWriter
 
 DEFAULT_FORMAT = {
@@ -55,7 +55,7 @@ def _write(ref: ModelRef, out: Path, model_type: str) -> None:
     # Programs disagree on the name of this field.
     config = _common_config(source.config) | values(source.config) | {"dtype": dtype, "torch_dtype": dtype}
     write_json(out / "config.json", config, sort_keys=True)
-    copy_companions(source.folder, out)
+    ref.copy_companions(out)
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:

@@ -39,7 +39,9 @@ class AdapterCheckpoints(Trainer):
         return str(self._stage or self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        save_adapter(self.model, Path(output_dir or self.args.output_dir) / ADAPTER)
+        template = self.processing_class.chat_template
+        own = template if isinstance(template, str) else None  # several by name are the base's
+        save_adapter(self.model, Path(output_dir or self.args.output_dir) / ADAPTER, chat_template=own)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None for checkpoints: trl's would describe another kind of folder."""

@@ -80,7 +80,7 @@ def _write(ref: ModelRef, out: Path, quantization: Quantization) -> None:
     writer = gguf.GGUFWriter(path=None, arch=architecture_of(config))
     _add_general(writer, source, quantization)
     _add_shape(writer, config)
-    add_vocabulary(writer, ref.base.folder, config.vocab_size)
+    add_vocabulary(writer, ref, config.vocab_size)
     for name, tensor in _tensors(source):
         kind = gguf.GGMLQuantizationType[_type_of(name, tensor, quantization)]
         size = math.prod(gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kind))

@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pesc.crafting.load import load_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from pesc.crafting.load import ModelRef
 from pesc.storage.files import read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -57,15 +59,15 @@ def vocabulary_reasons(folder: Path, vocab_size: int) -> list[str]:
     return []
 
 
-def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
-    """Give a `gguf.GGUFWriter` the tokenizer and the chat template of a folder.
+def add_vocabulary(writer: Any, ref: ModelRef, vocab_size: int) -> None:
+    """Give a `gguf.GGUFWriter` a model's tokenizer and chat template.
 
     Args:
         writer: before its header is written.
-        folder: one that `vocabulary_reasons` has nothing against.
+        ref: `vocabulary_reasons` has nothing against the folder of its base.
         vocab_size: rows of the embeddings; ids without a token get a placeholder.
     """
-    values = read_json(folder / "tokenizer.json")
+    values = read_json(ref.base.folder / "tokenizer.json")
     kind = _kind(values)
     assert kind is not None
     tokens = _tokens(values)
@@ -79,7 +81,7 @@ def add_vocabulary(writer: Any, folder: Path, vocab_size: int) -> None:
     else:
         writer.add_token_merges([" ".join(_pair(merge)) for merge in values["model"]["merges"]])
     writer.add_add_space_prefix(kind == "default")
-    _add_special_tokens(writer, folder)
+    _add_special_tokens(writer, ref.tokenizer())
 
 
 def _kind(values: dict[str, Any]) -> str | None:
@@ -149,8 +151,7 @@ def _pair(merge: Any) -> tuple[str, str]:
     return first, second
 
 
-def _add_special_tokens(writer: Any, folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+def _add_special_tokens(writer: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     adders: dict[str, Callable[[int], None]] = {
         "bos_token_id": writer.add_bos_token_id,
         "eos_token_id": writer.add_eos_token_id,

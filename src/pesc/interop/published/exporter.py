@@ -22,7 +22,7 @@ from pesc.interop.published.layouts import (
     config_from,
     targets,
 )
-from pesc.storage.files import copy_companions, write_json
+from pesc.storage.files import write_json
 from pesc.storage.weights import SHARD_BYTES, ShardWriter
 
 _DENSE_FIELDS = (
@@ -61,7 +61,7 @@ def _write(ref: ModelRef, out: Path, layout: str) -> None:
     else:
         values = _new_config(config, published, expert_dtype)
     write_json(out / "config.json", values, sort_keys=True)
-    copy_companions(source.folder, out)
+    ref.copy_companions(out)
 
 
 def _reasons_against(ref: ModelRef, layout: str) -> list[str]:
