@@ -18,6 +18,8 @@ from pesc.crafting.skeleton import refuse_absurd_numbers
         {"layer_norm_epsilon": 1e308},
         {"a": [{"b": float("inf")}]},
         {"rope_parameters": {"rope_theta": 0}},
+        {"num_hidden_layers": 10**6},
+        {"pesc": {"num_experts": [8, 10**400]}},
     ],
 )
 def test_absurd_numbers_are_refused(values: dict[str, Any]) -> None:

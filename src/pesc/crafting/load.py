@@ -36,7 +36,6 @@ from pesc.crafting.modeling import loading_differences
 from pesc.crafting.skeleton import (
     differences_from,
     refuse_absurd_numbers,
-    refuse_too_many_layers,
     refused_in_one_line,
     skeleton_of,
 )
@@ -247,7 +246,6 @@ class ModelRef:
     def _read_config(self) -> Any:
         file = self.folder / "config.json"
         with refused_in_one_line(f"{file} is no config that transformers can read"):
-            refuse_too_many_layers(read_json(file))
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         config.name_or_path = self.name
         return config

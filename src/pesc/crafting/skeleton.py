@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
+from pesc.crafting.families import MOE_FIELDS
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
 
@@ -22,8 +23,10 @@ BAD_CONFIG = (StrictDataclassError, *_NONSENSE, ValueError)
 """What transformers and peft raise on settings that make no sense."""
 _PARAMETERS_A_BYTE = 8
 """More than any quantization packs."""
-_MOST_LAYERS = 1000
-_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_MOST = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000) | dict.fromkeys(
+    MOE_FIELDS, 4096
+)
+"""Larger counts are damage, and would take minutes to build, even on the meta device."""
 
 
 @contextmanager
@@ -38,17 +41,6 @@ def refused_in_one_line(fault: str) -> Iterator[None]:
     except (*BAD_CONFIG, OSError) as error:
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise ValueError(f"{fault}: {kind}{' '.join(str(error).split())[:1000]}") from error
-
-
-def refuse_too_many_layers(values: dict[str, Any]) -> None:
-    """Refuse the content of a config.json with so many layers that building them on the meta device takes minutes.
-
-    Raises:
-        ValueError: there are more than `_MOST_LAYERS`.
-    """
-    for key in _LAYER_COUNTS:
-        if isinstance(count := values.get(key), int) and count > _MOST_LAYERS:
-            raise ValueError(f"{key} ({str(count)[:20]}) must be at most {_MOST_LAYERS}: the config is damaged")
 
 
 def skeleton_of(config: Any) -> Any:
@@ -115,7 +107,7 @@ def differences_from(skeleton: Any, weights: Weights, *, new: Iterable[str] = ()
 
 
 def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:
-    """Refuse settings with which a model computes NaN, or nothing: NaN, infinity, an epsilon that is not small.
+    """Refuse settings that no model has: NaN, infinity, an epsilon that is not small, thousands of layers or experts.
 
     Args:
         values: the settings, nested as in JSON.
@@ -131,6 +123,8 @@ def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:
             places += value.items()
         elif isinstance(value, list):
             places += [(key, part) for part in value]
+        elif isinstance(value, int) and value > _MOST.get(key, value):
+            raise ValueError(f"{file}: {key} ({str(value)[:20]}) must be at most {_MOST[key]}: the file is damaged")
         # State-space models have an open range of this name.
         elif isinstance(value, float) and not math.isfinite(value) and key != "time_step_limit":
             raise ValueError(f"{file}: {key} ({value}) must be a finite number")

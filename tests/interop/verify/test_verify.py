@@ -87,7 +87,7 @@ def test_spoiled_values_are_found(tmp_path: Path) -> None:
     down[1] = 0
     up[3], down[3] = up[2], down[2]
     blank_up, blank_down = (tensors[f"model.layers.2.mlp.experts.{name}_proj"] for name in ("up", "down"))
-    blank_up[0], blank_down[0] = 0, 0
+    blank_up[0], blank_down[0], blank_up[3] = 0, 0, 0
     norm = tensors["model.norm.weight"].bfloat16()
     norm[:3], norm[5] = torch.nan, torch.inf
     _change(
@@ -102,7 +102,7 @@ def test_spoiled_values_are_found(tmp_path: Path) -> None:
     errors, warnings = _messages(report), _messages(report, "warning")
     assert not report.complete
     assert errors[0] == "model.norm.weight holds 3 NaN and 1 inf"
-    assert errors[1].startswith("blank experts: 1 (") and "layer 2: 0" in errors[1]
+    assert errors[1].startswith("blank experts: 2 (") and "layer 2: 0, 3" in errors[1]
     assert errors[2] == "2 experts are duplicates, bit for bit: layer 0: 2, 3"
     assert "dtypes are mixed" in warnings[0] and "1 tensors of bfloat16" in warnings[0]
     assert "untouched experts: 1 (" in warnings[1] and "layer 0: 1" in warnings[1]
@@ -322,6 +322,18 @@ def test_a_router_that_cannot_choose_is_found(value: float, tmp_path: Path) -> N
     other = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.router.weight"]
     messages = _messages(verify(_change(tmp_path, **{router: other})))
     assert messages == [f"2 routers are duplicates, bit for bit: model.layers.0.mlp.router.weight, {router}"]
+
+
+def test_quantized_models_are_not_compared(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    name = "model.layers.1.self_attn.q_proj."
+    assert verify(tmp_path).complete
+    _change(tmp_path, **{f"{name}weight": None, f"{name}qweight": torch.zeros(4, 32, dtype=torch.int32)})
+    report = verify(tmp_path)
+    assert report.complete
+    assert "quantized weights" in _messages(report, "note")[1]
 
 
 def test_files_of_a_backbone_alone_are_whole(tmp_path: Path) -> None:

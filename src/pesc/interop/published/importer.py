@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pesc.crafting.skeleton import skeleton_of, tied_names
+from pesc.crafting.skeleton import refused_in_one_line, skeleton_of, tied_names
 from pesc.interop.format import Reader
 from pesc.interop.published.layouts import Target, config_from, detect, expert_of, is_published, promises, targets
 from pesc.storage.compare import TensorDifferences, compare_tensors
@@ -28,8 +28,9 @@ def _read(folder: Path, values: dict[str, Any], weights: Weights, out: Path) -> 
         ValueError: the config leaves out a setting that counts, or tensors are missing, unknown or misshapen; all of
             them are listed.
     """
-    layout = detect(values, weights.tensors)
-    skeleton = skeleton_of(config_from(values, layout, weights.tensors))
+    with refused_in_one_line(str(folder / "config.json")):
+        layout = detect(values, weights.tensors)
+        skeleton = skeleton_of(config_from(values, layout, weights.tensors))
     plan = targets(skeleton, layout)
     fault = f"{folder} does not hold the model its config describes"
     if not any(expert_of(name) for name in weights.tensors):

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING
 
 from pesc.config import PescConfig
 from pesc.crafting.configuration import PescModelConfig, crafted_config
-from pesc.crafting.skeleton import BAD_CONFIG
+from pesc.crafting.skeleton import refused_in_one_line
 from pesc.crafting.surgery import crafted_ffns
 
 BASES = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
@@ -157,10 +157,8 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
         dense.setdefault("sliding_window", 4096 if layout.name == "sparsetral" else None)
     if layout.base_model_type == "llama":
         dense.setdefault("attention_bias", "model.layers.0.self_attn.o_proj.bias" in set(names))
-    try:
+    with refused_in_one_line(f"the config is no {layout.base_model_type} config"):
         config = crafted_config(CONFIG_MAPPING[layout.base_model_type].from_dict(dense), pesc_config)
-    except BAD_CONFIG as error:
-        raise ValueError(f"the config is no {layout.base_model_type} config: {error}") from error
     kept = {key: value for key, value in values.items() if key not in ("auto_map", SOURCE)}
     source = {
         "layout": layout.name,

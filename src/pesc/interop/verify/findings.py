@@ -135,11 +135,11 @@ class Examination:
 
     def _report_untouched(self, report: Report) -> None:
         untouched = [place for place, zero in self._zero.items() if zero.get("last")]
-        blank = [p for p in untouched if all(self._zero[p].values()) and len(self._zero[p]) > 1]
+        blank = [place for place, zero in self._zero.items() if any(zero[part] for part in zero.keys() - {"last"})]
         if blank:
             report.add(
                 "error",
-                f"blank experts: {len(blank)} (all their matrices are zero, as neither crafting nor training leaves "
+                f"blank experts: {len(blank)} (their first matrices are zero, as neither crafting nor training leaves "
                 f"them: filled in by a converter?): {listed(blank)}",
             )
         report.facts["untouched experts"] = len(untouched)

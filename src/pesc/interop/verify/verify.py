@@ -149,6 +149,9 @@ def _check_config(ref: ModelRef, values: dict[str, Any], weights: Weights, repor
         report.add("note", "the config promises no experts: a dense model, as far as its files tell")
     if counts and not _experts(weights.shapes):
         _report_lost(", ".join(counts), report)
+    if ref.kind == "dense" and values.get("quantization_config") and weights.not_floating(weights.tensors):
+        report.add("note", "quantized weights: their names and shapes were not compared with the config")
+        return None
     differences = ref.differences(weights)
     differences.others += untied(ref.skeleton(), weights)
     if ref.kind == "dense":
@@ -224,7 +227,9 @@ def _examine(weights: Weights, skeleton: Any, report: Report) -> None:
             examination.expert(layer, number, part, matrix, last=part in _LAST)
         if _ROUTER.fullmatch(name):
             examination.router(name, tensor)
-        elif not numbers and not tensor.any() and not _may_be_zero(name, tensor, skeleton):
+        elif (
+            tensor.is_floating_point() and not numbers and not tensor.any() and not _may_be_zero(name, tensor, skeleton)
+        ):
             examination.zero(name)
     examination.report(report)
 
