@@ -138,7 +138,7 @@ def test_nonsense_in_a_config_is_one_line_that_names_it(tmp_path: Path, changes:
         assert str(folder) in str(error.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("text", ["7", "{", '{"pad_token_id": "x"}', '{"eos_token_id": [1e308]}', '{"max_length": {}}'])
+@pytest.mark.parametrize("text", ["7", "{", '{"pad_token_id": "x"}', '{"eos_token_id": [1e308]}'])
 def test_a_damaged_generation_config_is_named(tmp_path: Path, text: str) -> None:
     folder = tiny_dense(tmp_path / "dense")
     (folder / "generation_config.json").write_text(text)
