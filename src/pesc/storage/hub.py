@@ -6,7 +6,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+from pesc.storage.checksums import NEEDED, SUMS
+
 _PICKLED = ["*.json", "*.model", "pytorch_model*.bin"]
 
 
@@ -51,7 +52,7 @@ def download(model: str, way_out: str, *, pickled: bool = False) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_FILES))
+        folder = Path(snapshot_download(model, allow_patterns=[*NEEDED, SUMS]))
         if pickled and not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(model, allow_patterns=_PICKLED))
     except HFValidationError as error:
