@@ -31,22 +31,22 @@ def public_recipe(recipe: dict[str, Any], base: str) -> dict[str, Any]:
         recipe: as recipe.yaml holds it.
         base: the public name of the base in adapter.json, where a folder cannot be taken for a hub id.
     """
-    shown = _public({section: values for section, values in recipe.items() if section != "output"})
+    shown = public_values({section: values for section, values in recipe.items() if section != "output"})
     if isinstance(model := shown.get("model"), dict):
         model["name"] = base
     return shown
 
 
-def _public(values: Any) -> Any:
+def public_values(values: Any) -> Any:
     """Nested values with every text as `public_name` has it."""
     if isinstance(values, dict):
-        return {key: _public(value) for key, value in values.items()}
+        return {key: public_values(value) for key, value in values.items()}
     if isinstance(values, list):
-        return [_public(value) for value in values]
+        return [public_values(value) for value in values]
     return public_name(values) if isinstance(values, str) else values
 
 
 def public_results(results: Results) -> Results:
     """Results whose settings name no folder."""
-    arms = [dataclasses.replace(arm, settings=_public(arm.settings)) for arm in results.arms]
+    arms = [dataclasses.replace(arm, settings=public_values(arm.settings)) for arm in results.arms]
     return dataclasses.replace(results, model=public_name(results.model), arms=arms)
