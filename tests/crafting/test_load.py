@@ -138,6 +138,21 @@ def test_nonsense_in_a_config_is_one_line_that_names_it(tmp_path: Path, changes:
         assert str(folder) in str(error.value).splitlines()[0]
 
 
+@pytest.mark.parametrize("text", ["7", "{", '{"pad_token_id": "x"}', '{"eos_token_id": [1e308]}'])
+def test_a_damaged_generation_config_is_named(tmp_path: Path, text: str) -> None:
+    folder = tiny_dense(tmp_path / "dense")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        load(folder)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    file = tiny_dense(tmp_path / "dense") / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": []}))
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer that transformers can load"):
+        load_tokenizer(file.parent)
+
+
 def test_a_config_nested_without_end_is_no_config(tmp_path: Path) -> None:
     folder = tiny_dense(tmp_path / "dense")
     (folder / "config.json").write_text("[" * 10**5 + "]" * 10**5)

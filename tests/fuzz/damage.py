@@ -82,7 +82,7 @@ def _nested(values: Any) -> list[tuple[Any, Any]]:
 def _json_file(folder: Path, rng: Rng) -> Path | None:
     """Mostly the file that says what the model is."""
     main = [file for name in ("config.json", "adapter.json") if (file := folder / name).is_file()]
-    return rng.choice(main) if main and rng.random() < 0.8 else _pick(folder, rng, "*.json")
+    return rng.choice(main) if main and rng.random() < 0.7 else _pick(folder, rng, "*.json")
 
 
 def _change_json(file: Path, change: Callable[[Any], str | None]) -> str | None:

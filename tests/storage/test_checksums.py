@@ -19,14 +19,16 @@ CONFIG = PescConfig(num_experts=4, adapter_dim=8)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.json").write_text("{}")
-    (tmp_path / "b with spaces.bin").write_bytes(bytes(100))
+    (tmp_path / "LICENSE").write_text("terms")
+    (tmp_path / "b with spaces.txt").write_bytes(bytes(100))
     (tmp_path / "README.md").write_text("a card")
     write_checksums(tmp_path)
     return tmp_path
 
 
-def test_what_was_written_is_sound_and_a_card_may_be_edited(folder: Path) -> None:
+def test_what_was_written_is_sound_though_a_card_was_edited_or_a_licence_left_out(folder: Path) -> None:
     (folder / "README.md").write_text("another")
+    (folder / "LICENSE").unlink()  # as in a download
     assert check_checksums(folder)
     (folder / SUMS).unlink()
     assert not check_checksums(folder)
@@ -39,18 +41,18 @@ def test_sha256sum_reads_it(folder: Path) -> None:
 
 def test_changed_missing_and_added_files_are_named_together(folder: Path) -> None:
     (folder / "a.json").write_text("{ }")
-    (folder / "b with spaces.bin").unlink()
+    (folder / "b with spaces.txt").unlink()
     (folder / "model.safetensors").touch()
     with pytest.raises(
-        ValueError, match=r"a.json was changed, b with spaces.bin is missing, model.safetensors was added"
+        ValueError, match=r"a.json was changed, b with spaces.txt is missing, model.safetensors was added"
     ):
         check_checksums(folder)
 
 
 def test_large_files_are_hashed_on_demand(folder: Path) -> None:
-    (folder / "b with spaces.bin").write_bytes(bytes(99) + b"x")
+    (folder / "b with spaces.txt").write_bytes(bytes(99) + b"x")
     assert check_checksums(folder, limit=50)
-    with pytest.raises(ValueError, match="b with spaces.bin was changed"):
+    with pytest.raises(ValueError, match="b with spaces.txt was changed"):
         check_checksums(folder)
 
 

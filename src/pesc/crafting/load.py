@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pesc.config import MODEL_TYPE, PescConfig
 from pesc.crafting.adapter import (
@@ -182,6 +189,7 @@ class ModelRef:
         folder = self.base.folder
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer("")  # settings of the wrong type show only here
         except Exception as error:  # the package tokenizers raises no narrower class
             reason = " ".join(str(error).split())[:300]
             raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({reason})") from error
@@ -318,6 +326,8 @@ def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
     values = read_json(file)
     check_checksums(folder, SMALL)
     refuse_absurd_numbers(values, file)
+    if (generation := folder / "generation_config.json").is_file():
+        _refuse_bad_generation(generation, read_json(generation))
     model_type, ours = values.get("model_type"), [key for key in ("pesc", "base_model_type") if key in values]
     if ours and model_type != MODEL_TYPE:
         raise ValueError(f"{file}: model_type ({model_type!r}) must be {MODEL_TYPE!r}, as it has {' and '.join(ours)}")
@@ -329,6 +339,15 @@ def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
             "that it names: remove it, or merge that adapter"
         )
     return ModelRef(str(path), folder, "crafted" if model_type == MODEL_TYPE else "dense")
+
+
+def _refuse_bad_generation(file: Path, values: dict[str, Any]) -> None:
+    ids = {key: value for key, value in values.items() if key.endswith("_token_id") and value is not None}
+    for key, value in ids.items():
+        if not all(type(each) is int and 0 <= each < 2**31 for each in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{file}: {key} ({str(value)[:50]}) must be a token's number, or a list of such")
+    with refused_in_one_line(f"{file} cannot be read by transformers"):
+        GenerationConfig.from_dict(values)
 
 
 def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:

@@ -29,26 +29,24 @@ def public_recipe(recipe: dict[str, Any], base: str) -> dict[str, Any]:
 
     Args:
         recipe: as recipe.yaml holds it.
-        base: the name of the base in adapter.json, which tells a folder from a hub id.
+        base: the public name of the base in adapter.json, where a folder cannot be taken for a hub id.
     """
-    shown = {section: _public(values) for section, values in recipe.items() if section != "output"}
+    shown = public_values({section: values for section, values in recipe.items() if section != "output"})
     if isinstance(model := shown.get("model"), dict):
-        model["name"] = public_name(base)
+        model["name"] = base
     return shown
 
 
-def _public(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _public(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_public(inner) for inner in value]
-    return public_name(value) if isinstance(value, str) else value
+def public_values(values: Any) -> Any:
+    """Nested values with every text as `public_name` has it."""
+    if isinstance(values, dict):
+        return {key: public_values(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [public_values(value) for value in values]
+    return public_name(values) if isinstance(values, str) else values
 
 
 def public_results(results: Results) -> Results:
     """Results whose settings name no folder."""
-    arms = [
-        dataclasses.replace(arm, settings={key: public_name(value) for key, value in arm.settings.items()})
-        for arm in results.arms
-    ]
+    arms = [dataclasses.replace(arm, settings=public_values(arm.settings)) for arm in results.arms]
     return dataclasses.replace(results, model=public_name(results.model), arms=arms)

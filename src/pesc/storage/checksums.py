@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from pesc.storage.files import file_sha256
 
 SUMS = "SHA256SUMS"
+NEEDED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+"""Patterns of the files that a model needs; a download leaves out all others."""
 SMALL = 64 * 1024**2
 """Bytes of a file that is hashed whenever its folder is opened: all but large weights."""
 _CARD = "README.md"  # for people, who may edit it
@@ -48,9 +51,9 @@ def check_checksums(folder: Path, limit: float = float("inf")) -> bool:
     wrong = [] if listed and len(listed) == len(lines) else [f"{SUMS} is damaged"]
     for name, wanted in listed.items():
         file = folder / name
-        if not file.is_file():
+        if not file.is_file() and any(fnmatch(name, pattern) for pattern in NEEDED):
             wrong.append(f"{name} is missing")
-        elif file.stat().st_size <= limit and file_sha256(file) != wanted:
+        elif file.is_file() and file.stat().st_size <= limit and file_sha256(file) != wanted:
             wrong.append(f"{name} was changed")
     wrong += [f"{file.name} was added" for file in sorted(folder.glob("*.safetensors")) if file.name not in listed]
     if wrong:

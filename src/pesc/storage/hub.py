@@ -6,7 +6,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+from pesc.storage.checksums import NEEDED, SUMS
+
 _DATA = ["*.json", "*.jsonl", "*.parquet"]
 _PICKLED = ["*.json", "*.model", "pytorch_model*.bin"]
 
@@ -48,7 +49,7 @@ def download(model: str, way_out: str, *, pickled: bool = False) -> Path:
     Raises:
         FileNotFoundError: for an invalid id, or one that the hub does not provide.
     """
-    folder = _snapshot(model, _FILES, way_out, "model")
+    folder = _snapshot(model, [*NEEDED, SUMS], way_out, "model")
     if pickled and not any(folder.glob("*.safetensors")):
         folder = _snapshot(model, _PICKLED, way_out, "model")
     return folder
