@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pesc.storage.lock import locked
+from pesc.storage.lock import locked, refuse_vanished
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -99,6 +99,7 @@ def _staged(out: Path, *, replace: bool = False, wait: bool = False) -> Iterator
         try:
             yield partial
             _sync([*partial.rglob("*"), partial])
+            refuse_vanished(stage)
             partial.replace(out)
             _sync([out.parent])
         except (OSError, SafetensorError, RuntimeError) as error:
