@@ -112,7 +112,7 @@ def _staged(out: Path, *, replace: bool = False, wait: bool = False) -> Iterator
 
 
 def _errno_behind(error: Exception, stage: Path) -> int | None:
-    """The system's error behind one that does not say where it happened, or nothing of the system's at all."""
+    """The system's error behind one that does not name the place; None for any other error."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _FULL else None
     if isinstance(error, SafetensorError):

@@ -72,6 +72,6 @@ def _acquire(path: Path, target: Path, wait: bool) -> TextIO | None:
         lock.close()
         return _acquire(path, target, wait)
     lock.truncate(0)
-    lock.write(process)
-    lock.flush()
+    with suppress(OSError):  # a full disk, of which the write that follows tells more
+        os.write(lock.fileno(), process.encode())
     return lock
