@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ class Verb:
     folder: Path
     arguments: list[str]
     out: Path
-    processes: list[Any] = field(default_factory=list)
 
     def start(self, disturbance: Disturbance = Disturbance()) -> Any:
         """Start the command; its output goes to files beside its folder."""
@@ -90,10 +89,6 @@ class Verb:
     def state(self) -> dict[str, str]:
         """What is in the folder: names, and digests of content that is the same in every run."""
         return {str(p.relative_to(self.folder)): _digest(p) for p in sorted(self.folder.rglob("*")) if p.is_file()}
-
-    def lies_complete(self) -> bool:
-        """Whether the result is there under its name."""
-        return self.out.exists()
 
 
 def make_verbs(root: Path, fixture: Path) -> dict[str, Callable[[str], Verb]]:

@@ -13,6 +13,14 @@ from pesc.crafting.info import describe
 from pesc.demo import demo as run
 from pesc.report import findings
 from pesc.report.results import read_results
+from pesc.storage.lock import locked
+
+
+def test_a_second_demo_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / ".lock").write_text("1 elsewhere")
+        with pytest.raises(BlockingIOError, match=f"process 1 elsewhere is at work on {tmp_path}: wait for it"):
+            run.run_demo(tmp_path, Console(file=io.StringIO()))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_lets_go_or_dies
         assert list(tmp_path.iterdir()) == []
 
 
-def test_the_one_who_waits_comes_next(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_or_waits(tmp_path: Path) -> None:
     order: list[str] = []
 
     def second() -> None:
@@ -49,6 +50,9 @@ def test_the_one_who_waits_comes_next(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=second)
     with new_folder(tmp_path / "out"):
+        (tmp_path / ".out.partial" / ".lock").write_text("1 elsewhere")
+        with pytest.raises(BlockingIOError, match="process 1 elsewhere is at work on"), new_folder(tmp_path / "out"):
+            pass
         thread.start()
         order.append("first")
     thread.join(10)
@@ -97,6 +101,17 @@ def test_a_full_disk_is_one_line_that_names_the_place(how: str, small_disk: Path
     assert caught.value.errno == errno.ENOSPC
     assert f"{small_disk / 'out'} was not written, No space left on device: free some space" in str(caught.value)
     assert list(small_disk.iterdir()) == []
+
+
+def test_a_folder_that_vanished_and_was_made_anew_is_not_complete(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError, match="was removed while it was written"),
+        new_folder(tmp_path / "out") as part,
+    ):
+        (part / "first").write_text("first")
+        shutil.rmtree(part.parent)
+        write_text(part / "second", "second")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:

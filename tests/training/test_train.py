@@ -255,6 +255,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         _interrupt_after(patch, 5)
         train(make_recipe(tmp_path), console)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "notes.txt").write_text("the user's own")
     damaged = tmp_path / "run" / "checkpoints" / "checkpoint-4" / file
     content = damaged.read_bytes()
     damaged.unlink()

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from pesc.storage.lock import locked
+from pesc.storage.lock import locked, refuse_vanished
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -99,6 +99,7 @@ def _staged(out: Path, *, replace: bool = False, wait: bool = False) -> Iterator
         try:
             yield partial
             _sync([*partial.rglob("*"), partial])
+            refuse_vanished(stage)
             partial.replace(out)
             _sync([out.parent])
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -111,7 +112,7 @@ def _staged(out: Path, *, replace: bool = False, wait: bool = False) -> Iterator
 
 
 def _errno_behind(error: Exception, stage: Path) -> int | None:
-    """The system's error behind one that does not say where it happened, or nothing of the system's at all."""
+    """The system's error behind one that does not name the place; None for any other error."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _FULL else None
     if isinstance(error, SafetensorError):

@@ -34,10 +34,20 @@ def locked(folder: Path, target: Path | None = None, *, wait: bool = False) -> I
         yield
     finally:
         if lock is not None:
-            with suppress(OSError):  # the folder has vanished, or is not empty
-                (folder / _LOCK).unlink()
+            with suppress(OSError):  # the folder may hold more, or have vanished
+                (folder / _LOCK).unlink(missing_ok=True)
                 folder.rmdir()
             lock.close()
+
+
+def refuse_vanished(folder: Path) -> None:
+    """Before a result gets its name: refuse if its locked folder was removed, and made anew by later writes.
+
+    Raises:
+        FileNotFoundError: the lock is gone.
+    """
+    if not (folder / _LOCK).exists():
+        raise FileNotFoundError(f"{folder} was removed while it was written: start again")
 
 
 def _acquire(path: Path, target: Path, wait: bool) -> TextIO | None:
@@ -62,6 +72,6 @@ def _acquire(path: Path, target: Path, wait: bool) -> TextIO | None:
         lock.close()
         return _acquire(path, target, wait)
     lock.truncate(0)
-    lock.write(process)
-    lock.flush()
+    with suppress(OSError):  # a full disk, of which the write that follows tells more
+        os.write(lock.fileno(), process.encode())
     return lock

@@ -110,12 +110,12 @@ class Stopped(KeyboardInterrupt):
 
     Args:
         message: a line for the user.
-        signal: what was received.
+        number: of the signal.
     """
 
-    def __init__(self, message: str, signal: signal.Signals) -> None:
+    def __init__(self, message: str, number: signal.Signals) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal
+        self.exit_code = 128 + number
         """What a shell shows for a process that the signal ended."""
 
 

@@ -55,10 +55,10 @@ def last_checkpoint(folder: Path, console: Console) -> Path | None:
     for checkpoint in reversed(_checkpoints(folder)):
         try:
             written, found = read_json(checkpoint / DIGESTS), _digests(checkpoint)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             fault = str(error)
         else:
-            damaged = sorted(name for name in written | found if written.get(name) != found.get(name))
+            damaged = sorted(name for name in written if written[name] != found.get(name))
             if not damaged:
                 return checkpoint
             fault = f"not as it was written: {', '.join(damaged)}"

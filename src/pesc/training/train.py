@@ -26,7 +26,7 @@ from pesc.machine.allocator import keep_freed_memory
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
 from pesc.storage.files import write_json, write_text
-from pesc.storage.lock import locked
+from pesc.storage.lock import locked, refuse_vanished
 from pesc.training.callbacks import METRICS, MetricsWriter, StopAtSignal, Stopped
 from pesc.training.checkpoints import last_checkpoint
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
@@ -88,6 +88,7 @@ def _train(recipe: Recipe, console: Console, label: str) -> None:
         finally:
             writer.stop()
     write_json(run / SUMMARY, {**writer.summary(), "peak_memory_gb": peak.gigabytes})
+    refuse_vanished(run)
     (last / ADAPTER).rename(run / ADAPTER)
 
 
