@@ -2,16 +2,18 @@
 
 `transformers serve` cannot be used from outside alone. It loads the model by itself, without our checks and without
 adapters; it takes prompts beyond the context (18,000 tokens kept a model of 8,192 busy for five minutes); it finishes
-answers that nobody waits for any more; and it sets a seed when a request arrives, not when its answer begins. The
-remedies use these of its parts, which no documentation promises (transformers 5.19 and 5.23). If one changes, a test
-in tests/serving/test_server.py fails:
+answers that nobody waits for any more, and one before the next; it sets a seed when a request arrives, not when its
+answer begins; and it leaves stop texts in answers. The remedies, here and in `generation`, use these of its parts, which
+no documentation promises (transformers 5.19 and 5.23). If one changes, a test in tests/serving/test_server.py fails:
 
     build_server, the three handlers: test_streams_what_the_model_says, test_completions_and_responses
     ModelManager.load_model_and_processor: test_streams_what_the_model_says
     ModelManager.force_model, .process_model_name, .get_gen_models: test_has_one_model_with_one_name
-    ModelManager.shutdown: test_ctrl_c_ends_it_while_it_answers
     GenerationState.get_manager, GenerateManager.generate_streaming, .generate_non_streaming:
         test_refuses_prompts_beyond_the_context, test_generation_stops_when_its_client_leaves
+    GenerateManager.submit, .async_submit: test_a_long_answer_does_not_stop_the_others
+    DirectStreamer._enqueue: test_a_stop_text_ends_the_answer_and_is_not_in_it
+    ChatCompletionHandler._build_completion: test_a_family_with_tool_calls_leaves_out_the_stop_text_too
 """
 
 from __future__ import annotations
