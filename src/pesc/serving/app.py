@@ -3,8 +3,8 @@
 `transformers serve` cannot be used from outside alone. It loads the model by itself, without our checks and without
 adapters; it takes prompts beyond the context (18,000 tokens kept a model of 8,192 busy for five minutes); it finishes
 answers that nobody waits for any more, and one before the next; it sets a seed when a request arrives, not when its
-answer begins; and it leaves stop texts in answers. The remedies, here and in `generation`, use these of its parts, which
-no documentation promises (transformers 5.19 and 5.23). If one changes, a test in tests/serving/test_server.py fails:
+answer begins; and it leaves stop texts in answers. The remedies, here and in generation.py, use these of its parts. No
+documentation promises them (transformers 5.19 and 5.23). If one changes, a test in tests/serving/test_server.py fails:
 
     build_server, the three handlers: test_streams_what_the_model_says, test_completions_and_responses
     ModelManager.load_model_and_processor: test_streams_what_the_model_says
