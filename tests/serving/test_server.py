@@ -356,6 +356,13 @@ def test_sampling_is_asked_for_by_temperature(server: Server) -> None:
     assert greedy == tiny
 
 
+def test_a_seed_does_not_decide_what_comes_after_it(server: Server) -> None:
+    def ask(**seed: int) -> str:
+        return server.ask(max_tokens=8, temperature=2.0, **seed).choices[0].message.content
+
+    assert len({(ask(seed=7), ask()) for _ in range(4)}) > 1
+
+
 def test_a_seed_gives_the_same_answer_with_other_clients_around(server: Server) -> None:
     def ask(seed: int) -> str:
         return server.ask(max_tokens=8, temperature=2.0, seed=seed).choices[0].message.content

@@ -2,8 +2,9 @@
 
 `transformers serve` cannot be used from outside alone. It loads the model by itself, without our checks and without
 adapters; it takes prompts beyond the context (18,000 tokens kept a model of 8,192 busy for five minutes); it finishes
-answers that nobody waits for any more; and it sets a seed when a request arrives, not when its answer begins. The
-remedies use parts of it that no documentation promises; docs/extend/versions.md lists them with their tests.
+answers that nobody waits for any more, and one before the next; it sets a seed when a request arrives, not when its
+answer begins; and it leaves stop texts in answers. The remedies, here and in generation.py, use parts of it that no
+documentation promises; docs/extend/versions.md lists them with their tests.
 """
 
 from __future__ import annotations

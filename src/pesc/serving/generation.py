@@ -51,22 +51,18 @@ class Generation(GenerateManager):
         self.turns, self.threads = _Turns(), ThreadPoolExecutor(places)
 
     def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Future:
-        """As the parent class does, to the next free thread."""
         return self.threads.submit(fn, *args, **kwargs)
 
     def async_submit(self, fn: Callable, *args: Any, **kwargs: Any) -> asyncio.Future:
-        """As the parent class does, to the next free thread."""
         return asyncio.wrap_future(self.submit(fn, *args, **kwargs))
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any) -> Any:
-        """As the parent class does, for the current client."""
         answer = _Answer(self.turns, model, inputs, gen_config)
         return super().generate_streaming(answer, processor, inputs, gen_config, **kwargs)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any
     ) -> Any:
-        """As the parent class does, for the current client."""
         answer = _Answer(self.turns, model, inputs, gen_config)
         text, *rest = await super().generate_non_streaming(answer, processor, inputs, gen_config, **kwargs)
         return until_stop(text, answer.stops), *rest
@@ -135,8 +131,8 @@ class _Answer:
         try:
             if self.client.left.is_set():
                 raise HTTPException(499, "the client left before its answer began")
-            if self.client.request.seed is not None:
-                torch.manual_seed(self.client.request.seed)
+            seed = self.client.request.seed
+            torch.seed() if seed is None else torch.manual_seed(seed)  # else it goes on with another answer's numbers
             return self.model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([is_over]))
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             status = 400 if isinstance(error, ValueError) else 500  # generate() checks its settings so
