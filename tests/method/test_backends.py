@@ -60,7 +60,7 @@ def run(bank, backend: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend_matches_the_oracle(backend: str, activation: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
     bank, inputs = make_bank(activation, size[3], size[1], size[2], dtype), make_input(size, dtype)
-    tolerance = 1e-5 if dtype is torch.float32 else 0.03
+    tolerance = 1e-5 if dtype is torch.float32 else 0.04
     for ours, oracle in zip(run(bank, backend, inputs), run(bank, "eager", inputs), strict=True):
         assert ours.dtype == oracle.dtype
         scale = oracle.float().abs().max().clamp(min=1e-3)
