@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ CONFIG = PescConfig(num_experts=4, adapter_dim=8)
 CONTEXT = 16384
 HI = [{"role": "user", "content": "hi"}]
 KEY = "secret"
+FEW = 150
+"""Open files that a server may have, at first."""
 
 
 @dataclass
@@ -81,7 +84,8 @@ def headers(key: str) -> dict[str, str]:
 
 
 def start(folder: Path, log: Path, **settings: Any) -> Server:
-    code = f"from pesc.serving.server import serve; serve({str(folder)!r}, port=0, **{settings!r})"
+    few = f"from resource import *; setrlimit(RLIMIT_NOFILE, ({FEW}, getrlimit(RLIMIT_NOFILE)[1]))"
+    code = f"{few}; from pesc.serving.server import serve; serve({str(folder)!r}, port=0, **{settings!r})"
     with log.open("w") as stream:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=stream, stderr=subprocess.STDOUT)
     return Server(folder.name, process, log)
@@ -243,6 +247,14 @@ def test_names_the_fields_that_it_does_not_support(server: Server, path: str, fi
     status, answer = server.post(path, json.dumps(body | {field: value}).encode())
     assert status == 400, answer
     assert field in json.loads(answer)["error"]["message"]
+
+
+def test_connections_that_say_nothing_block_nobody(server: Server) -> None:
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with ExitStack() as stack:
+        for _ in range(FEW + 50):
+            stack.enter_context(socket.create_connection(address)).sendall(b"POST /v1")
+        assert server.client(timeout=10).models.list().data
 
 
 def test_other_methods_are_refused_and_no_page_of_another_origin_may_read(server: Server) -> None:
