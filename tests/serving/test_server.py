@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from cyclopts import UnknownOptionError
 from openai import APIStatusError, APITimeoutError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from peft import LoraConfig
 from transformers.cli.serving.model_manager import ModelManager
@@ -32,6 +33,7 @@ from transformers.cli.serving.utils import GenerationState, parse_assistant_mess
 import pesc
 from checkpoints import tiny_dense
 from pesc import PescConfig
+from pesc.cli import app as command
 from pesc.crafting.surgery import expert_parameters
 from pesc.serving.app import _ChatHandler, build_app
 from pesc.serving.middleware import CLIENT, Client
@@ -450,6 +452,12 @@ def test_refuses_what_cannot_be_served(folders: dict[str, Path], monkeypatch: py
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     with pytest.raises(ValueError, match=r'serving needs uvicorn: pip install "pesc-moe\[serve\]"'):
         serve(folders["dense"])
+
+
+def test_the_command_line_takes_no_key() -> None:
+    # Every user of the machine can read it.
+    with pytest.raises(UnknownOptionError):
+        command.parse_args(["serve", "x", "--api-key", KEY], exit_on_error=False, print_error=False)
 
 
 FAKE_VLLM = """
