@@ -17,12 +17,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cyclopts import UnknownOptionError
 from openai import APIStatusError, APITimeoutError, AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from peft import LoraConfig
 from transformers.cli.serving.model_manager import ModelManager
@@ -31,6 +33,7 @@ from transformers.cli.serving.utils import GenerationState, parse_assistant_mess
 import pesc
 from checkpoints import tiny_dense
 from pesc import PescConfig
+from pesc.cli import app as command
 from pesc.crafting.surgery import expert_parameters
 from pesc.serving.app import _ChatHandler, build_app
 from pesc.serving.middleware import CLIENT, Client
@@ -41,6 +44,8 @@ CONFIG = PescConfig(num_experts=4, adapter_dim=8)
 CONTEXT = 16384
 HI = [{"role": "user", "content": "hi"}]
 KEY = "secret"
+FEW = 150
+"""Open files that a server may have, at first."""
 
 
 @dataclass
@@ -81,7 +86,8 @@ def headers(key: str) -> dict[str, str]:
 
 
 def start(folder: Path, log: Path, **settings: Any) -> Server:
-    code = f"from pesc.serving.server import serve; serve({str(folder)!r}, port=0, **{settings!r})"
+    few = f"from resource import *; setrlimit(RLIMIT_NOFILE, ({FEW}, getrlimit(RLIMIT_NOFILE)[1]))"
+    code = f"{few}; from pesc.serving.server import serve; serve({str(folder)!r}, port=0, **{settings!r})"
     with log.open("w") as stream:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=stream, stderr=subprocess.STDOUT)
     return Server(folder.name, process, log)
@@ -243,6 +249,14 @@ def test_names_the_fields_that_it_does_not_support(server: Server, path: str, fi
     status, answer = server.post(path, json.dumps(body | {field: value}).encode())
     assert status == 400, answer
     assert field in json.loads(answer)["error"]["message"]
+
+
+def test_connections_that_say_nothing_block_nobody(server: Server) -> None:
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with ExitStack() as stack:
+        for _ in range(FEW + 50):
+            stack.enter_context(socket.create_connection(address)).sendall(b"POST /v1")
+        assert server.client(timeout=10).models.list().data
 
 
 def test_other_methods_are_refused_and_no_page_of_another_origin_may_read(server: Server) -> None:
@@ -438,6 +452,12 @@ def test_refuses_what_cannot_be_served(folders: dict[str, Path], monkeypatch: py
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     with pytest.raises(ValueError, match=r'serving needs uvicorn: pip install "pesc-moe\[serve\]"'):
         serve(folders["dense"])
+
+
+def test_the_command_line_takes_no_key() -> None:
+    # Every user of the machine can read it.
+    with pytest.raises(UnknownOptionError):
+        command.parse_args(["serve", "x", "--api-key", KEY], exit_on_error=False, print_error=False)
 
 
 FAKE_VLLM = """
