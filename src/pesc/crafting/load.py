@@ -19,7 +19,7 @@ from pesc.crafting.configuration import crafted_config
 from pesc.crafting.craft import craft
 from pesc.crafting.lora import adapter_tensors, add_lora, fold
 from pesc.crafting.modeling import loading_differences
-from pesc.crafting.skeleton import BAD_CONFIG, differences_from, skeleton_of
+from pesc.crafting.skeleton import BAD_CONFIG, differences_from, refuse_hub_code, skeleton_of
 from pesc.crafting.sources import resolve
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.files import read_json
@@ -267,6 +267,7 @@ def _read_config(folder: Path, name: str) -> Any:
 
 
 def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
+    refuse_hub_code(ref.config)
     if ref.kind == "dense":
         # With it off, transformers raises at the first kind of problem; the complete list is made below.
         options["ignore_mismatched_sizes"] = True
@@ -274,7 +275,7 @@ def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             ref.folder, output_loading_info=True, trust_remote_code=False, **options
         )
-    except (OSError, ImportError) as error:
+    except OSError as error:
         raise FileNotFoundError(f"{ref.folder}: {str(error).splitlines()[0]}") from error
     except SafetensorError as error:
         raise ValueError(f"{ref.folder}: a weight file is damaged or truncated ({error}); download it again") from error

@@ -14,21 +14,31 @@ from transformers.core_model_loading import WeightRenaming
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
 
-BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
-"""What transformers raises on values of a config that make no sense, or name a package that is not installed."""
+BAD_CONFIG = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
+"""What transformers raises on values of a config that make no sense."""
 
 
 def skeleton_of(config: Any) -> Any:
     """The model of a config on the meta device.
 
     Raises:
-        ValueError: transformers cannot build a causal LM from the config.
+        ValueError: transformers cannot build a causal LM from the config, or only with code of a hub.
     """
+    refuse_hub_code(config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except BAD_CONFIG as error:
         raise ValueError(f"no model can be built from the config: {error}") from error
+
+
+def refuse_hub_code(config: Any) -> None:
+    """Raise ValueError for a config whose attention is compiled code, which transformers would fetch and run."""
+    if "/" in str(config._attn_implementation):
+        raise ValueError(
+            f"attn_implementation ({config._attn_implementation}) names compiled code of a hub, which is never run: "
+            "remove it from config.json"
+        )
 
 
 def tied_names(skeleton: Any) -> set[str]:
