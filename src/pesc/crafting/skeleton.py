@@ -47,11 +47,21 @@ def skeleton_of(config: Any) -> Any:
     """The model of a config on the meta device.
 
     Raises:
-        ValueError: transformers cannot build a causal LM from the config.
+        ValueError: transformers cannot build a causal LM from the config, or only with code of a hub.
     """
+    refuse_hub_code(config)
     whose = f" of {config.name_or_path}" if config.name_or_path else ""
     with refused_in_one_line(f"no model can be built from the config{whose}"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def refuse_hub_code(config: Any) -> None:
+    """Raise ValueError for a config whose attention is compiled code, which transformers would fetch and run."""
+    if "/" in str(config._attn_implementation):
+        raise ValueError(
+            f"attn_implementation ({config._attn_implementation}) names compiled code of a hub, which is never run: "
+            "remove it from config.json"
+        )
 
 
 def tied_names(skeleton: Any) -> set[str]:
