@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,9 @@ def tensor_lost(folder: Path, rng: Rng) -> str | None:
 @of("structure")
 def tensor_renamed(folder: Path, rng: Rng) -> str | None:
     def change(tensors: dict[str, torch.Tensor], name: str) -> str:
-        new = rng.choice([f"{name}.x", name.replace("layers.0", "layers.9"), f"base.{name}", name.upper(), "[/x]"])
+        new = rng.choice(
+            [f"{name}.x", name.replace("layers.0", "layers.9"), f"base.{name}", name.upper(), "[/x]", "\x1b[1m\n"]
+        )
         tensors[new] = tensors.pop(name)
         return f"{name} renamed {new}"
 
@@ -346,11 +349,17 @@ def pickle_of_more(folder: Path, rng: Rng) -> str | None:
     if (file := _pick(folder, rng, "*.bin")) is None:
         return None
     tensors = torch.load(file, weights_only=True)
-    name, way = rng.choice(sorted(tensors)), rng.choice(["code", "view", "number", "list", "sparse", "meta", "plain"])
+    name, way = (
+        rng.choice(sorted(tensors)),
+        rng.choice(["code", "view", "number", "list", "sparse", "meta", "plain", "zip"]),
+    )
     shape = tensors[name].shape
     others = {"view": torch.zeros(1).expand(2**40), "number": 3, "meta": torch.zeros(shape, device="meta")}
     others |= {"code": _Attack(), "sparse": torch.zeros(shape).to_sparse(), "list": [1]}
-    if way == "plain":
+    if way == "zip":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x/data.pkl", bytes(2**28))
+    elif way == "plain":
         file.write_bytes(pickle.dumps({"x": _Attack()}))
     else:
         torch.save(tensors | {name: others[way]}, file)

@@ -60,6 +60,8 @@ class Weights:
         self._touched = 0
         for file in self.files:
             for name, info in self._list(file).items():
+                if not name.isprintable():
+                    raise _damaged(file, f"a tensor is named {name!r}")
                 if name in self.tensors:
                     raise ValueError(f"{name} lies in both {self.tensors[name].file} and {file}: one must go")
                 self.tensors[name] = info
@@ -233,6 +235,8 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         zipped = stream.read(2) == b"PK"
     if zipped and not zipfile.is_zipfile(file):
         raise _damaged(file, "its end is missing")
+    if zipped and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+        raise _damaged(file, "it is compressed, as torch never writes it")
     try:
         # Files of the oldest format have no fixed places for tensors, so they cannot be mapped.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
