@@ -27,6 +27,8 @@ _MOST = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers")
     MOE_FIELDS, 4096
 )
 """Larger counts are damage, and would take minutes to build, even on the meta device."""
+_MOST_OF_ALL = 10**31
+"""Above the 1e30 that some files say for "without a limit"; larger numbers cannot be computed with."""
 
 
 @contextmanager
@@ -123,8 +125,8 @@ def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:
             places += value.items()
         elif isinstance(value, list):
             places += [(key, part) for part in value]
-        elif isinstance(value, int) and value > _MOST.get(key, value):
-            raise ValueError(f"{file}: {key} ({str(value)[:20]}) must be at most {_MOST[key]}: the file is damaged")
+        elif isinstance(value, int) and abs(value) > (most := _MOST.get(key, _MOST_OF_ALL)):
+            raise ValueError(f"{file}: {key} ({str(value)[:20]}) must be at most {most}: the file is damaged")
         # State-space models have an open range of this name.
         elif isinstance(value, float) and not math.isfinite(value) and key != "time_step_limit":
             raise ValueError(f"{file}: {key} ({value}) must be a finite number")

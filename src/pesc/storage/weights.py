@@ -66,7 +66,7 @@ class Weights:
                     raise ValueError(f"{name} lies in both {self.tensors[name].file} and {file}: one must go")
                 self.tensors[name] = info
         if index is not None:
-            self._keep_indexed(index)
+            self._refuse_absent(index)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -100,12 +100,11 @@ class Weights:
             self._open = None
         return tensor
 
-    def _keep_indexed(self, index: Path) -> None:
-        named = _weight_map(index)
-        absent = sorted(named.keys() - self.tensors.keys())
+    def _refuse_absent(self, index: Path) -> None:
+        # What the files hold beyond the index counts too: transformers reads it.
+        absent = sorted(_weight_map(index).keys() - self.tensors.keys())
         if absent:
             raise ValueError(f"the files of {self.folder} lack {', '.join(absent[:8])}, named by {index.name}")
-        self.tensors = {name: info for name, info in self.tensors.items() if name in named}
 
     def _list(self, file: Path) -> dict[str, TensorInfo]:
         tensors = self._opened(file)
