@@ -128,7 +128,7 @@ def test_public_names(place: str, name: str) -> None:
 def test_a_relative_folder_that_vanished_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "a", **GATED)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["model"]["name"], recipe["data"]["train"] = "a/base", "a/rows.jsonl"
+    recipe["model"]["name"], recipe["data"]["train"] = "a/base", [{"path": "/home/me/rows.jsonl"}, {"path": "org/rows"}]
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "a" / "base").rename(tmp_path / "moved")
@@ -136,7 +136,8 @@ def test_a_relative_folder_that_vanished_is_no_hub_id(tmp_path: Path, monkeypatc
     out = export(run, tmp_path / "out", "pesc", base=tmp_path / "moved")
     assert "base_model:" not in (out / "README.md").read_text()
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert (recipe["model"]["name"], recipe["data"]["train"]) == ("base", "rows.jsonl")
+    assert recipe["model"]["name"] == "base"
+    assert recipe["data"]["train"] == [{"path": "rows.jsonl"}, {"path": "org/rows"}]
 
 
 @pytest.mark.parametrize(

@@ -35,16 +35,12 @@ class Source:
 
 
 def open_source(ref: ModelRef) -> Source:
-    """Open a model for export: an adapter is loaded and folded, other weights are read one at a time.
-
-    Raises:
-        FileNotFoundError, ValueError: the model is not complete; every missing or misshapen tensor is listed.
-    """
+    """Open a complete model for export: an adapter is loaded and folded, other weights are read one at a time."""
     names = [name for name, _ in ref.skeleton().named_parameters()]
     if ref.kind == "adapter":
         folded = dict(ref.load(folded=True).named_parameters())
         return Source(ref, names, lambda name: folded[name].detach())
-    return Source(ref, names, ref.complete_weights().read)
+    return Source(ref, names, ref.weights().read)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,20 +29,24 @@ def public_recipe(recipe: dict[str, Any], base: str) -> dict[str, Any]:
 
     Args:
         recipe: as recipe.yaml holds it.
-        base: the name of the base in adapter.json, which tells a folder from a hub id.
+        base: the public name of the base in adapter.json, where a folder cannot be taken for a hub id.
     """
-    shown = {section: dict(values) if isinstance(values, dict) else values for section, values in recipe.items()}
-    shown.pop("output", None)
-    for section, key, place in (("model", "name", base), ("data", "train", None)):
-        if isinstance(values := shown.get(section), dict) and key in values:
-            values[key] = Path(str(values[key])).name if place is None else public_name(place)
+    shown = public_values({section: values for section, values in recipe.items() if section != "output"})
+    if isinstance(model := shown.get("model"), dict):
+        model["name"] = base
     return shown
+
+
+def public_values(values: Any) -> Any:
+    """Nested values with every text as `public_name` has it."""
+    if isinstance(values, dict):
+        return {key: public_values(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [public_values(value) for value in values]
+    return public_name(values) if isinstance(values, str) else values
 
 
 def public_results(results: Results) -> Results:
     """Results whose settings name no folder."""
-    arms = [
-        dataclasses.replace(arm, settings={key: public_name(value) for key, value in arm.settings.items()})
-        for arm in results.arms
-    ]
+    arms = [dataclasses.replace(arm, settings=public_values(arm.settings)) for arm in results.arms]
     return dataclasses.replace(results, model=public_name(results.model), arms=arms)

@@ -17,7 +17,7 @@ def _write_standalone(ref: ModelRef, out: Path) -> None:
     if ref.kind == "adapter":
         ref.load(folded=True).save_pretrained(out)
     else:
-        weights = ref.complete_weights()
+        weights = ref.weights()
         for file in [ref.folder / "config.json", *ref.folder.glob("*.index.json"), *weights.files]:
             shutil.copyfile(file, out / file.name)
     copy_companions(ref.base.folder, out)

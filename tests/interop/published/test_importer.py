@@ -260,3 +260,17 @@ def test_tied_embeddings_and_stored_frequencies(tmp_path: Path) -> None:
     checkpoint.config["rope_theta"] = 500.0
     with pytest.raises(ValueError, match="is not what rope_theta and rope_scaling"):
         import_checkpoint(checkpoint.save(tmp_path / "source"), tmp_path / "again")
+
+
+def test_folders_of_another_machine_stay_out_and_refusals_name_the_config(tmp_path: Path) -> None:
+    checkpoint = Checkpoint()
+    checkpoint.config["_name_or_path"] = "/home/me/Camelidae-8x7B"
+    out = import_checkpoint(checkpoint.save(tmp_path / "theirs"), tmp_path / "ours")
+    assert "/home/me" not in (out / "config.json").read_text()
+    for field, value in (("torch_dtype", "x"), ("num_experts", 2**31), ("num_hidden_layers", 10**6)):
+        changed = Checkpoint()
+        changed.config[field] = value
+        folder = changed.save(tmp_path / field)
+        with pytest.raises(ValueError, match=f"{folder / 'config.json'}") as error:
+            import_checkpoint(folder, tmp_path / "none")
+        assert "\n" not in str(error.value)

@@ -80,6 +80,27 @@ def test_lost_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["crafted", "adapter", "granitemoeshared"])
+def test_experts_that_are_all_lost_are_one_finding(kind: str, tmp_path: Path) -> None:
+    folder = _adapter(tmp_path) if kind == "adapter" else tmp_path / "ours"
+    if kind != "adapter":
+        crafted(folder, **GATED)
+    if kind == "granitemoeshared":
+        folder = export(folder, tmp_path / "theirs", kind)
+    file = next(without_sums(folder).glob("*.safetensors"))
+    save_file(
+        {
+            name: tensor
+            for name, tensor in load_file(file).items()
+            if "expert" not in name and "moe" not in name and "router" not in name
+        },
+        file,
+        {"format": "pt"},
+    )
+    (message,) = _messages(verify(folder))
+    assert message.startswith("all experts are lost: the config promises them (")
+
+
 def test_spoiled_values_are_found(tmp_path: Path) -> None:
     crafted(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

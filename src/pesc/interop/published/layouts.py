@@ -23,6 +23,7 @@ from pesc.config import PescConfig
 from pesc.crafting.configuration import PescModelConfig, crafted_config
 from pesc.crafting.skeleton import refused_in_one_line
 from pesc.crafting.surgery import crafted_ffns
+from pesc.interop.places import public_values
 
 BASES = {"camelidae": "llama", "qwen2idae": "qwen2", "sparsetral": "mistral"}
 _BY_BASE = {base: name for name, base in BASES.items()}
@@ -159,7 +160,7 @@ def config_from(values: dict[str, Any], layout: Layout, names: Iterable[str]) ->
         dense.setdefault("attention_bias", "model.layers.0.self_attn.o_proj.bias" in set(names))
     with refused_in_one_line(f"the config is no {layout.base_model_type} config"):
         config = crafted_config(CONFIG_MAPPING[layout.base_model_type].from_dict(dense), pesc_config)
-    kept = {key: value for key, value in values.items() if key not in ("auto_map", SOURCE)}
+    kept = public_values({key: value for key, value in values.items() if key not in ("auto_map", SOURCE)})
     source = {
         "layout": layout.name,
         "expert_prefix": layout.expert_prefix,

@@ -104,7 +104,7 @@ def check(ref: ModelRef, report: Report) -> None:
 
 
 def _check_adapter(ref: ModelRef, weights: Weights, report: Report) -> Any:
-    report.facts |= {key: value for key, value in ref.settings.to_dict().items() if key != "base_sha256"}
+    report.facts |= {key: value for key, value in ref.settings.to_dict().items() if not key.endswith("sha256")}
     try:
         skeleton = ref.skeleton(folded=False)
     except FileNotFoundError as error:
@@ -123,13 +123,12 @@ def _check_adapter(ref: ModelRef, weights: Weights, report: Report) -> Any:
 def _check_published(values: dict[str, Any], weights: Weights, report: Report) -> Any:
     report.kind = "published"
     report.facts["promised by"] = layouts.promises(values)
-    if not any(layouts.expert_of(name) for name in weights.tensors):
-        _report_lost(", ".join(layouts.promises(values)), report)
     try:
         layout = layouts.detect(values, weights.tensors)
         report.kind = layout.name
         skeleton = skeleton_of(layouts.config_from(values, layout, weights.tensors))
     except ValueError as error:
+        _compare(TensorDifferences(), {}, weights, report)
         report.add("error", str(error))
         return None
     report.facts |= {"base": layout.base_model_type, "pesc": skeleton.config.pesc_config.to_dict()}
@@ -147,8 +146,7 @@ def _check_config(ref: ModelRef, values: dict[str, Any], weights: Weights, repor
     report.kind = "other" if ref.kind == "dense" else ref.kind
     if report.kind == "other" and not counts:
         report.add("note", "the config promises no experts: a dense model, as far as its files tell")
-    if counts and not _experts(weights.shapes):
-        _report_lost(", ".join(counts), report)
+    report.facts["promised by"] = counts
     if ref.kind == "dense" and values.get("quantization_config") and weights.not_floating(weights.tensors):
         report.add("note", "quantized weights: their names and shapes were not compared with the config")
         return None
@@ -164,14 +162,6 @@ def _check_config(ref: ModelRef, values: dict[str, Any], weights: Weights, repor
     return ref.skeleton()
 
 
-def _report_lost(promises: str, report: Report) -> None:
-    report.add(
-        "error",
-        f"all experts are lost: the config promises them ({promises}), the files hold none, and only the dense model "
-        "is left",
-    )
-
-
 def _compare(
     differences: TensorDifferences, promised: Mapping[str, tuple[int, ...]], weights: Weights, report: Report
 ) -> None:
@@ -181,15 +171,17 @@ def _compare(
         differences: between the files and the promised tensors.
         promised: the shape of every promised tensor by its name in files.
         weights: the files.
-        report: gets the findings and facts.
+        report: gets the findings and facts, and may already have "promised by", a config's own words for its experts.
     """
     wanted, held = _experts(promised), _experts(weights.shapes)
     lost = [place for place, parts in wanted.items() if not parts <= held.get(place, set())]
     report.facts |= {"experts promised": len(wanted), "experts present": len(wanted) - len(lost)}
+    words = report.facts.get("promised by")
     if held and lost:
         report.add("error", f"{len(lost)} of {len(wanted)} experts are not complete: {listed(lost)}")
-    elif lost:
-        # One finding says so already.
+    elif lost or (words and not held):
+        said = ", ".join(words or [str(len(wanted))])
+        report.add("error", f"all experts are lost: the config promises them ({said}), and the files hold none")
         missing = [name for name in differences.missing if not _MOE.search(name)]
         differences = dataclasses.replace(differences, missing=missing)
     for line in differences.lines():
