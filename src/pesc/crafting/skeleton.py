@@ -27,8 +27,8 @@ _MOST = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers")
     MOE_FIELDS, 4096
 )
 """Larger counts are damage, and would take minutes to build, even on the meta device."""
-_MOST_OF_ALL = 10**31
-"""Above the 1e30 that some files say for "without a limit"; larger numbers cannot be computed with."""
+_MOST_OF_ALL = 2**63 - 1
+"""torch computes with no larger integer."""
 
 
 @contextmanager
