@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pesc.crafting.skeleton import refuse_absurd_numbers
+from pesc.crafting.refusals import refuse_absurd_numbers
 from pesc.interop.gguf.exporter import GLM, GRANITE
 from pesc.interop.published.layouts import NAMES
 from pesc.interop.verify.findings import Examination, Report
