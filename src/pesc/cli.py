@@ -17,6 +17,10 @@ from pesc.config import PescConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+_Model = Annotated[
+    str, Parameter(help="A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.")
+]
+_Json = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 _Base = Annotated[
     str | None, Parameter(help="An adapter's base, if it moved: a folder or a hub id. Its weights must be the same.")
 ]
@@ -132,17 +136,10 @@ def data(
 
 
 @app.command
-def info(model: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
+def info(model: _Model, *, base: _Base = None, as_json: _Json = False) -> None:
     """Say what a model is: family, experts, parameters, sizes, missing or untouched experts.
 
     Example: `pesc info runs/demo --json`
-
-    Parameters
-    ----------
-    model
-        A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
-    as_json
-        Print JSON.
     """
     from pesc.crafting.info import describe
     from pesc.crafting.show import show_info
@@ -156,7 +153,7 @@ def info(model: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(n
 
 @app.command
 def chat(
-    model: str,
+    model: _Model,
     *,
     base: _Base = None,
     max_new_tokens: int = 512,
@@ -169,8 +166,6 @@ def chat(
 
     Parameters
     ----------
-    model
-        A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
     max_new_tokens
         Longest answer, in tokens.
     temperature
@@ -231,7 +226,7 @@ def export(model: str, out: Path, *, format: str = "pesc", base: _Base = None) -
 
 
 @app.command
-def verify(path: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int:
+def verify(path: str, *, base: _Base = None, as_json: _Json = False) -> int:
     """Check that a model's files hold the experts that they promise. The exit code is 1 if they do not.
 
     Example: `pesc verify camelidae-8x7b.Q4_K_M.gguf`
@@ -239,9 +234,7 @@ def verify(path: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(
     Parameters
     ----------
     path
-        A crafted folder, an adapter, a run, a published layout, or a GGUF file.
-    as_json
-        Print JSON.
+        A crafted folder, an adapter, a run, a published layout, a stock architecture, or a GGUF file.
     """
     from pesc.interop.verify.show import show_report
     from pesc.interop.verify.verify import verify as check
@@ -256,7 +249,7 @@ def verify(path: str, *, base: _Base = None, as_json: Annotated[bool, Parameter(
 
 @app.command
 def serve(
-    model: str,
+    model: _Model,
     *,
     base: _Base = None,
     host: str = "127.0.0.1",
@@ -271,8 +264,6 @@ def serve(
 
     Parameters
     ----------
-    model
-        A run, an adapter, a crafted or dense folder, a hub id, or smollm2-135m-instruct.
     host
         Address to bind. Only this machine can reach the default.
     port
@@ -290,7 +281,7 @@ def bench(
     *,
     config: Annotated[BenchConfig | None, Parameter(name="*")] = None,
     output: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Time a crafted model beside its dense one and beside other ways to compute the same, in one run.
 
@@ -302,8 +293,6 @@ def bench(
         What to time.
     output
         JSON file to write.
-    as_json
-        Print JSON instead of tables.
     """
     from rich.console import Console
 

@@ -92,9 +92,15 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     shard.write_bytes(whole)
     index = dense / "model.safetensors.index.json"
     values = json.loads(index.read_text())
-    del values["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = dense / values["weight_map"].pop(name)
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lack {name}, named by model.safetensors.index.json"):
+        craft_checkpoint(dense, tmp_path / "out", CONFIG)
     index.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"missing: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ValueError, match=f"missing: {name}"):
         craft_checkpoint(dense, tmp_path / "out", CONFIG)
 
 

@@ -121,7 +121,7 @@ def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: 
         ({"transformers_weights": "other.safetensors"}, "transformers_weights must be left out"),
         ({"num_hidden_layers": 10**6}, r"num_hidden_layers \(1000000\) must be at most 1000"),
         ({"vocab_size": 10**9}, "wrong shape: model.embed_tokens.weight"),
-        ({"vocab_size": 10**400}, "no model can be built|no config that transformers can read"),
+        ({"vocab_size": 10**400}, "must be at most"),
         ({"num_attention_heads": 0}, "no model can be built|no config that transformers can read"),
         ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be built"),
         ({"rope_parameters": [1]}, "no config that transformers can read"),

@@ -6,7 +6,6 @@ undamaged one does, and wrong if not, unless only hashes could tell and the fold
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -21,26 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from checkpoints import write_rows
+from fuzz import documents, structure, values  # noqa: F401 (they fill the families)
 from fuzz.damage import FAMILIES
 from fuzz.folders import KINDS, Folders
-from pesc.crafting.craft_checkpoint import craft_checkpoint
-from pesc.crafting.info import describe
-from pesc.crafting.load import locate
-from pesc.crafting.show import show_info
-from pesc.interop.formats import export, import_checkpoint
-from pesc.interop.verify.show import show_report
-from pesc.interop.verify.verify import verify
-from pesc.machine.quiet import quiet_libraries
-from pesc.serving.chat import open_chat
-from pesc.training.recipe import load_recipe
-from pesc.training.train import train
+from fuzz.verbs import VERBS
 
 SECONDS, BYTES = 10, 2 * 1024**3
 """What a verb may take, in seconds of processor time and bytes above those of the undamaged folder."""
-IDS = torch.arange(3, 14).unsqueeze(0)
 SUMS = "SHA256SUMS"
 RARE = {"train": 8, "chat": 2}
 """One of so many cases goes through these verbs."""
@@ -136,7 +123,7 @@ def _run_all(kind: str, place: Path, verbs: list[str], stream: Any) -> None:
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     for verb in verbs:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        outcome = _outcome(lambda verb=verb: _VERBS[verb](place, place / KINDS[kind].model))
+        outcome = _outcome(lambda verb=verb: VERBS[verb](place, place / KINDS[kind].model))
         signal.setitimer(signal.ITIMER_PROF, 0)
         stream.write(json.dumps([verb, asdict(outcome)]) + "\n")
         stream.flush()
@@ -170,77 +157,6 @@ def _too_long(*_: object) -> None:
 def _data_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmData:")[1].split()[0]) * 1024
-
-
-def _logits(model: Any) -> list[float]:
-    with torch.no_grad():
-        return model(IDS).logits[0, -1].float().tolist()
-
-
-def _verify(_: Path, model: Path) -> list[float]:
-    report = verify(model)
-    show_report(report, Console(file=io.StringIO()))
-    if not report.complete:
-        raise ValueError("; ".join(finding.message for finding in report.findings if finding.severity == "error"))
-    return []
-
-
-def _load(_: Path, model: Path, base: Path | None = None) -> list[float]:
-    ref = locate(model, base=base)
-    # grouped_mm, the default, takes only widths whose rows are a multiple of 16 bytes.
-    stock = {"experts_implementation": "eager"} if "moe" in str(model.parent) else {}
-    with quiet_libraries():
-        return _logits(ref.load(folded=True, **stock))
-
-
-def _info(_: Path, model: Path) -> list[float]:
-    show_info(describe(model), Console(file=io.StringIO()))
-    return []
-
-
-def _craft(place: Path, model: Path) -> list[float]:
-    from pesc import PescConfig
-
-    return _load(place, craft_checkpoint(model, place / "crafted", PescConfig(num_experts=2, adapter_dim=4)))
-
-
-def _import(place: Path, model: Path) -> list[float]:
-    return _load(place, import_checkpoint(model, place / "imported"))
-
-
-def _export(place: Path, model: Path, format: str = "pesc") -> list[float]:
-    with quiet_libraries():
-        # An exported adapter does not say where its base lies on this machine.
-        return _load(place, export(model, place / f"as-{format}", format), place / "base")
-
-
-def _train(place: Path, model: Path) -> list[float]:
-    rows, recipe = write_rows(place / "few.jsonl", 4), place / "recipe.yaml"
-    lines = [f"model: {{name: {model}}}", f"data: {{train: {rows}}}", "lora: {r: 2}", "pesc: null"]
-    lines += [f"output: {{folder: {place / 'tuned'}}}", "training: {steps: 2, batch_size: 2}"]
-    recipe.write_text("\n".join(lines))
-    train(load_recipe(recipe, []), Console(file=io.StringIO()))
-    return []
-
-
-def _chat(_: Path, model: Path) -> list[float]:
-    chat = open_chat(model, Console(file=io.StringIO()), max_new_tokens=2)
-    with quiet_libraries():
-        chat.answer("hello")
-    return _logits(chat.model)
-
-
-_VERBS: dict[str, Callable[[Path, Path], list[float]]] = {
-    "verify": _verify,
-    "load": _load,
-    "info": _info,
-    "craft": _craft,
-    "import": _import,
-    "export": _export,
-    "export_adapter": lambda place, model: _export(place, model, "adapter"),
-    "train": _train,
-    "chat": _chat,
-}
 
 
 def faults(outcomes: dict[str, Outcome], sound: dict[str, Outcome], place: Path, *, told: bool) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_other_things_in_a_bin_file_are_refused(tmp_path: Path) -> None:
 def test_tensors_whose_numbers_are_not_in_the_file_are_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
     torch.save({"view": tensor}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="must hold tensors only, but view are none"):
+        Weights(tmp_path)
+
+
+def test_compressed_bin_files_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(10**6))
+    with pytest.raises(ValueError, match="it is compressed"):
+        Weights(tmp_path)
+
+
+def test_names_that_would_tear_a_message_apart_are_refused(tmp_path: Path) -> None:
+    save_file({"a\nb": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a tensor is named 'a\\nb'"):
         Weights(tmp_path)
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from pesc.config import PescConfig
 from pesc.crafting.lora import LORA_NAME, adapter_tensors, refuse_unsavable
-from pesc.crafting.skeleton import refuse_absurd_numbers, refused_in_one_line
+from pesc.crafting.refusals import refuse_absurd_numbers, refused_in_one_line
 from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns
 from pesc.storage.checksums import write_checksums

@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,21 +32,16 @@ from pesc.crafting.configuration import crafted_config
 from pesc.crafting.craft import craft
 from pesc.crafting.lora import add_lora, fold
 from pesc.crafting.modeling import loading_differences
-from pesc.crafting.skeleton import (
-    differences_from,
-    refuse_absurd_numbers,
-    refused_in_one_line,
-    skeleton_of,
-)
+from pesc.crafting.refusals import refused_in_one_line, sound_config
+from pesc.crafting.skeleton import differences_from, skeleton_of
 from pesc.crafting.sources import resolve
 from pesc.storage.checksums import SMALL, check_checksums
 from pesc.storage.compare import TensorDifferences
-from pesc.storage.files import copy_companions, read_json
+from pesc.storage.files import copy_companions
 from pesc.storage.weights import Weights, weights_hash
 
 Kind = Literal["dense", "crafted", "adapter"]
 RECIPE = "recipe.yaml"
-_TEXTS, _MOST_TEXT = (".json", ".jinja", ".txt", ".model"), 256 * 1024**2
 _EXPERTS = re.compile(r"\.(router|experts|moe_adapter)\.")
 
 
@@ -319,35 +313,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
     folder = resolve(path, pickled=pickled)
-    file = folder / "config.json"
-    for text in (file for file in folder.iterdir() if file.suffix in _TEXTS and file.is_file()):
-        if (size := text.stat().st_size) > _MOST_TEXT:
-            raise ValueError(f"{text} has {size} bytes, more than the {_MOST_TEXT} that are read: it is damaged")
-    values = read_json(file)
-    check_checksums(folder, SMALL)
-    refuse_absurd_numbers(values, file)
-    if (generation := folder / "generation_config.json").is_file():
-        _refuse_bad_generation(generation, read_json(generation))
-    model_type, ours = values.get("model_type"), [key for key in ("pesc", "base_model_type") if key in values]
-    if ours and model_type != MODEL_TYPE:
-        raise ValueError(f"{file}: model_type ({model_type!r}) must be {MODEL_TYPE!r}, as it has {' and '.join(ours)}")
-    if "transformers_weights" in values:
-        raise ValueError(f"{file}: transformers_weights must be left out: weights have the usual names here")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} holds an adapter_config.json beside config.json, so that transformers would load the model "
-            "that it names: remove it, or merge that adapter"
-        )
-    return ModelRef(str(path), folder, "crafted" if model_type == MODEL_TYPE else "dense")
-
-
-def _refuse_bad_generation(file: Path, values: dict[str, Any]) -> None:
-    ids = {key: value for key, value in values.items() if key.endswith("_token_id") and value is not None}
-    for key, value in ids.items():
-        if not all(type(each) is int and 0 <= each < 2**31 for each in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{file}: {key} ({str(value)[:50]}) must be a token's number, or a list of such")
-    with refused_in_one_line(f"{file} cannot be read by transformers"):
-        GenerationConfig.from_dict(values)
+    crafted = sound_config(folder).get("model_type") == MODEL_TYPE
+    return ModelRef(str(path), folder, "crafted" if crafted else "dense")
 
 
 def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:

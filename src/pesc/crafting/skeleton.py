@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
-from pesc.crafting.families import MOE_FIELDS
+from pesc.crafting.refusals import refused_in_one_line
 from pesc.storage.compare import TensorDifferences, compare_tensors
 from pesc.storage.weights import Weights
 
-_NONSENSE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
-BAD_CONFIG = (StrictDataclassError, *_NONSENSE, ValueError)
-"""What transformers and peft raise on settings that make no sense."""
 _PARAMETERS_A_BYTE = 8
 """More than any quantization packs."""
-_MOST = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1000) | dict.fromkeys(
-    MOE_FIELDS, 4096
-)
-"""Larger counts are damage, and would take minutes to build, even on the meta device."""
-
-
-@contextmanager
-def refused_in_one_line(fault: str) -> Iterator[None]:
-    """Inside the block, what other libraries raise on nonsense becomes a ValueError of one line.
-
-    Args:
-        fault: the beginning of that line: what is wrong, and in which file.
-    """
-    try:
-        yield
-    except (*BAD_CONFIG, OSError) as error:
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{fault}: {kind}{' '.join(str(error).split())[:1000]}") from error
 
 
 def skeleton_of(config: Any) -> Any:
@@ -114,31 +89,3 @@ def differences_from(skeleton: Any, weights: Weights, *, new: Iterable[str] = ()
             name for name in weights.tensors if name in expected or name.endswith("weight")
         )
     return differences
-
-
-def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:
-    """Refuse settings that no model has: NaN, infinity, an epsilon that is not small, thousands of layers or experts.
-
-    Args:
-        values: the settings, nested as in JSON.
-        file: where they stand, named in the error.
-
-    Raises:
-        ValueError: naming the first such setting.
-    """
-    places = [*values.items()]
-    while places:
-        key, value = places.pop()
-        if isinstance(value, dict):
-            places += value.items()
-        elif isinstance(value, list):
-            places += [(key, part) for part in value]
-        elif isinstance(value, int) and value > _MOST.get(key, value):
-            raise ValueError(f"{file}: {key} ({str(value)[:20]}) must be at most {_MOST[key]}: the file is damaged")
-        # State-space models have an open range of this name.
-        elif isinstance(value, float) and not math.isfinite(value) and key != "time_step_limit":
-            raise ValueError(f"{file}: {key} ({value}) must be a finite number")
-        elif isinstance(value, float | int) and key.endswith(("_eps", "_epsilon")) and not 0 < value < 1:
-            raise ValueError(f"{file}: {key} ({value}) must be above 0 and below 1")
-        elif isinstance(value, float | int) and key == "rope_theta" and value <= 0:
-            raise ValueError(f"{file}: {key} ({value}) must be above 0")

@@ -86,4 +86,6 @@ def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template cannot render the roles {roles}: {error}") from error
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} cannot render the roles {roles}: {error}"
+        ) from error

@@ -46,7 +46,8 @@ def check_checksums(folder: Path, limit: float = float("inf")) -> bool:
     """
     if not (folder / SUMS).is_file():
         return False
-    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    with (folder / SUMS).open(encoding="utf-8", errors="replace") as stream:
+        lines = stream.read(SMALL).splitlines()
     listed = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
     wrong = [] if listed and len(listed) == len(lines) else [f"{SUMS} is damaged"]
     for name, wanted in listed.items():

@@ -60,11 +60,13 @@ class Weights:
         self._touched = 0
         for file in self.files:
             for name, info in self._list(file).items():
+                if not name.isprintable():
+                    raise _damaged(file, f"a tensor is named {name!r}")
                 if name in self.tensors:
                     raise ValueError(f"{name} lies in both {self.tensors[name].file} and {file}: one must go")
                 self.tensors[name] = info
         if index is not None:
-            self._keep_indexed(index)
+            self._refuse_absent(index)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -98,12 +100,11 @@ class Weights:
             self._open = None
         return tensor
 
-    def _keep_indexed(self, index: Path) -> None:
-        named = _weight_map(index)
-        absent = sorted(named.keys() - self.tensors.keys())
+    def _refuse_absent(self, index: Path) -> None:
+        # What the files hold beyond the index counts too: transformers reads it.
+        absent = sorted(_weight_map(index).keys() - self.tensors.keys())
         if absent:
             raise ValueError(f"the files of {self.folder} lack {', '.join(absent[:8])}, named by {index.name}")
-        self.tensors = {name: info for name, info in self.tensors.items() if name in named}
 
     def _list(self, file: Path) -> dict[str, TensorInfo]:
         tensors = self._opened(file)
@@ -233,6 +234,8 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
         zipped = stream.read(2) == b"PK"
     if zipped and not zipfile.is_zipfile(file):
         raise _damaged(file, "its end is missing")
+    if zipped and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(file).infolist()):
+        raise _damaged(file, "it is compressed, as torch never writes it")
     try:
         # Files of the oldest format have no fixed places for tensors, so they cannot be mapped.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)

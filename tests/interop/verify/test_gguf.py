@@ -41,6 +41,7 @@ def _write(
     arch: str = "granitemoe",
     name: str = "tiny",
     quantized: bool = False,
+    dense: int | None = None,
 ) -> Path:
     writer = gguf.GGUFWriter(file, arch)
     writer.add_name(name)
@@ -51,6 +52,8 @@ def _write(
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
     writer.add_key_length(HIDDEN // HEADS)
+    if dense is not None:
+        writer.add_leading_dense_block_count(dense)
     if experts is not None:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(2)
@@ -134,6 +137,16 @@ def test_what_is_wrong_is_told(change: Callable, error: str, tmp_path: Path) -> 
     report = verify(_write(tmp_path / "model.gguf", tensors))
     assert not report.complete
     assert error in _errors(report)
+
+
+@pytest.mark.parametrize(("arch", "part"), [("glm4moe", "post_attention_norm"), ("qwen3moe", "ffn_norm")])
+def test_other_architectures_have_their_routers_and_experts_checked(arch: str, part: str, tmp_path: Path) -> None:
+    tensors = {name.replace("ffn_norm", part): tensor for name, tensor in _tensors().items()}
+    if arch == "qwen3moe":
+        assert verify(_write(tmp_path / "whole.gguf", tensors, arch=arch)).complete
+    for dense, error in ((1, "unexpected: blk.0.ffn_up_exps.weight"), (2, "must be above leading_dense_block_count")):
+        report = verify(_write(tmp_path / f"{dense}.gguf", tensors, arch=arch, dense=dense))
+        assert any(error in message for message in _errors(report))
 
 
 def test_untouched_experts_are_a_warning(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pesc.crafting.skeleton import refused_in_one_line, skeleton_of, tied_names
+from pesc.crafting.refusals import refused_in_one_line
+from pesc.crafting.skeleton import skeleton_of, tied_names
 from pesc.interop.format import Reader
 from pesc.interop.published.layouts import Target, config_from, detect, expert_of, is_published, promises, targets
 from pesc.storage.compare import TensorDifferences, compare_tensors

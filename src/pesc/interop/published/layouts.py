@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING
 
 from pesc.config import PescConfig
 from pesc.crafting.configuration import PescModelConfig, crafted_config
-from pesc.crafting.skeleton import refused_in_one_line
+from pesc.crafting.refusals import refused_in_one_line
 from pesc.crafting.surgery import crafted_ffns
 from pesc.interop.places import public_values
 

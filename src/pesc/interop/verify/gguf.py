@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pesc.crafting.skeleton import refuse_absurd_numbers
+from pesc.crafting.refusals import refuse_absurd_numbers
 from pesc.interop.gguf.exporter import GLM, GRANITE
 from pesc.interop.published.layouts import NAMES
 from pesc.interop.verify.findings import Examination, Report
@@ -89,8 +89,11 @@ def _check_promised(architecture: str, number: Numbers, tensors: dict[str, Any],
     blocks, dense = number("block_count"), number("leading_dense_block_count")
     if not 1 <= chosen <= experts:
         report.add("error", f"expert_used_count ({chosen}) must be from 1 to expert_count ({experts})")
-    if not 1 <= blocks <= len(tensors):
-        raise ValueError(f"{architecture}.block_count ({blocks}) must fit the file, which holds {len(tensors)} tensors")
+    if not dense < blocks <= len(tensors):
+        raise ValueError(
+            f"{architecture}.block_count ({blocks}) must be above leading_dense_block_count ({dense}), and fit the "
+            f"file, which holds {len(tensors)} tensors"
+        )
     present = {block: _experts_of(block, tensors) for block in range(dense, blocks)}
     promised = experts * len(present)
     report.facts |= {"experts promised": promised, "experts present": sum(present.values())}
@@ -108,7 +111,8 @@ def _check_promised(architecture: str, number: Numbers, tensors: dict[str, Any],
         # Of other architectures, what all of them have.
         expected = {f"blk.{block}.ffn_gate_inp.weight": [number("embedding_length"), experts] for block in present}
         expected |= {name: found.get(name, []) for name in ("token_embd.weight", "output_norm.weight")}
-        differences = compare_tensors(expected, {name: found[name] for name in expected if name in found})
+        stray = [name for name in found if (match := _STACK.fullmatch(name)) and int(match[1]) not in present]
+        differences = compare_tensors(expected, {name: found[name] for name in (*expected, *stray) if name in found})
     for line in differences.lines("by the metadata"):
         report.add("error", line)
 
@@ -124,7 +128,8 @@ def _top(number: Numbers, found: dict[str, list[int]]) -> dict[str, list[int]]:
 
 def _block(architecture: str, number: Numbers, found: dict[str, list[int]]) -> dict[str, list[int]]:
     """Shapes of a block's tensors, innermost size first; all blocks have the biases that one has."""
-    hidden, experts, head = number("embedding_length"), number("expert_count"), number("attention.key_length")
+    hidden, experts = number("embedding_length"), number("expert_count")
+    head = number("attention.key_length") or hidden // max(number("attention.head_count"), 1)
     wide, narrow = (head * number(f"attention.head_count{kind}") for kind in ("", "_kv"))
     shapes = {"attn_norm": [hidden], "ffn_gate_inp": [hidden, experts]}
     shapes |= {"attn_q": [hidden, wide], "attn_output": [wide, hidden]}

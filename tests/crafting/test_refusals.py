@@ -1,4 +1,4 @@
-"""What is known of a model before it has any memory."""
+"""Numbers that no model has are refused before anything is built."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pesc.crafting.skeleton import refuse_absurd_numbers
+from pesc.crafting.refusals import refuse_absurd_numbers
 
 
 @pytest.mark.parametrize(
