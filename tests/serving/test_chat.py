@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import pesc.serving.chat as serving
@@ -67,3 +68,11 @@ def test_reads_a_pipe_to_its_end(chat: Chat, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n/clear\ntwo\n/exit\nthree\n"))
     converse(chat)
     assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["two"]
+
+
+def test_a_model_that_computes_nan_is_one_line(tmp_path: Path) -> None:
+    chat = open_chat(tiny_dense(tmp_path / "dense"), Console(file=io.StringIO()))
+    with torch.no_grad():
+        chat.model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="dense cannot answer: RuntimeError"):
+        chat.answer("hello")

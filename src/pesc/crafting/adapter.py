@@ -100,6 +100,23 @@ class AdapterSettings:
             lora=_lora_settings(loras[LORA_NAME], model) if loras else None,
         )
 
+    def check_base(self, folder: Path) -> None:
+        """Compare a folder with the base that the adapter was trained on, by their hashes.
+
+        Raises:
+            FileNotFoundError: the folder holds no model.
+            ValueError: its weights or its config are others.
+        """
+        for what, wanted, hash_of in (
+            ("weights", self.base_sha256, weights_hash),
+            ("config.json", self.base_config_sha256, config_hash),
+        ):
+            if (found := hash_of(folder)) != wanted:
+                raise ValueError(
+                    f"{folder} is another base: the adapter was trained on {self.base_model} with {what} of sha256 "
+                    f"{wanted[:12]}…, not {found[:12]}…; it needs the {what} it was trained on"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return vars(self) | {"pesc": self.pesc.to_dict() if self.pesc else None}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pesc.crafting.cost import count_parameters
-from pesc.crafting.load import locate
+from pesc.crafting.load import locate, unexpected_experts
 from pesc.crafting.surgery import expert_parameters
 from pesc.storage.compare import TensorDifferences
 from pesc.storage.weights import Weights
@@ -63,6 +63,7 @@ def describe(path: str | Path, *, base: str | Path | None = None) -> ModelInfo:
     TensorDifferences(
         missing=[name for name in differences.missing if name not in experts],
         misshapen={name: shapes for name, shapes in differences.misshapen.items() if name not in experts},
+        unexpected=unexpected_experts(differences),
         others=differences.others,
     ).refuse(f"{ref.folder} does not hold the model its config describes")
     pesc_config, settings = ref.pesc_config, ref.settings if ref.kind == "adapter" else None

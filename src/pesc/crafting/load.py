@@ -25,7 +25,6 @@ from pesc.crafting.adapter import (
     AdapterSettings,
     adapter_differences,
     adapter_weights,
-    config_hash,
     load_adapter_weights,
 )
 from pesc.crafting.configuration import crafted_config
@@ -37,7 +36,7 @@ from pesc.crafting.skeleton import differences_from, skeleton_of
 from pesc.crafting.sources import resolve
 from pesc.storage.checksums import SMALL, check_checksums
 from pesc.storage.compare import TensorDifferences
-from pesc.storage.weights import Weights, weights_hash
+from pesc.storage.weights import Weights
 
 Kind = Literal["dense", "crafted", "adapter"]
 RECIPE = "recipe.yaml"
@@ -148,18 +147,8 @@ class ModelRef:
 
         Raises:
             FileNotFoundError, ValueError: as `Weights` does.
-            ValueError: for a crafted model's experts under a dense model's config.
         """
-        if self.kind == "adapter":
-            return adapter_weights(self.folder)
-        weights = Weights(self.folder)
-        lost = [name for name in weights.tensors if name.endswith(".experts.up_proj")]
-        if self.kind == "dense" and lost:
-            raise ValueError(
-                f"{self.folder} holds experts of a crafted model ({lost[0]}), but its config.json is a dense model's: "
-                "put the config.json back that was saved with them"
-            )
-        return weights
+        return adapter_weights(self.folder) if self.kind == "adapter" else Weights(self.folder)
 
     def complete_weights(self) -> Weights:
         """`weights`, after a comparison with the skeleton.
@@ -208,7 +197,7 @@ class ModelRef:
         if self.kind != "adapter":
             return _load_model(self, {"dtype": dtype} | kwargs)
         check_checksums(self.folder)
-        self.check_base()
+        self.settings.check_base(self.base.folder)
         self.complete_weights()
         model = self.base.load(dtype=dtype, **kwargs)
         if self.settings.pesc is not None and self.base.kind == "dense":
@@ -217,24 +206,6 @@ class ModelRef:
             add_lora(model, LoraConfig(**self.settings.lora))
         load_adapter_weights(model, self.folder)
         return fold(model.eval()) if folded else model.eval()
-
-    def check_base(self) -> None:
-        """Compare the hashes of an adapter's base with those that it was trained on.
-
-        Raises:
-            FileNotFoundError: the base is not there.
-            ValueError: its weights or its config are others.
-        """
-        settings, folder = self.settings, self.base.folder
-        for what, wanted, hash_of in (
-            ("weights", settings.base_sha256, weights_hash),
-            ("config.json", settings.base_config_sha256, config_hash),
-        ):
-            if (found := hash_of(folder)) != wanted:
-                raise ValueError(
-                    f"{self.folder} was trained on {settings.base_model} with {what} of sha256 {wanted[:12]}…, but "
-                    f"{self.base.name} now has {found[:12]}…: it needs the {what} it was trained on"
-                )
 
     def _read_config(self) -> Any:
         file = self.folder / "config.json"
@@ -302,12 +273,17 @@ def _standalone(path: str | Path, *, pickled: bool = False) -> ModelRef:
     return ModelRef(str(path), folder, "crafted" if crafted else "dense")
 
 
+def unexpected_experts(differences: TensorDifferences) -> list[str]:
+    """Those of the unexpected tensors that no verb leaves aside, as it may old buffers and heads for other tasks."""
+    return [name for name in differences.unexpected if _EXPERTS.search(name)]
+
+
 def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
     differences, fault = ref.differences(), f"{ref.folder} does not hold the model its config describes"
     if ref.kind == "dense":
         # With it off, transformers raises at the first kind of problem; the complete list is made below.
         options["ignore_mismatched_sizes"] = True
-        differences.unexpected = []
+        differences.unexpected = unexpected_experts(differences)
     if getattr(ref.config, "quantization_config", None):
         differences = TensorDifferences(others=differences.others)
     differences.refuse(fault)
@@ -316,8 +292,7 @@ def _load_model(ref: ModelRef, options: dict[str, Any]) -> PreTrainedModel:
             ref.folder, output_loading_info=True, trust_remote_code=False, **options
         )
     differences = loading_differences(info)
-    # A dense family may leave tensors aside (old buffers, heads for other tasks); experts are never left aside.
-    differences.unexpected = [key for key in differences.unexpected if _EXPERTS.search(key)]
+    differences.unexpected = unexpected_experts(differences)
     differences.refuse(fault)
     loaded.config.name_or_path = ref.name
     return loaded.eval()

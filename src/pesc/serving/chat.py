@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pesc.crafting.load import locate
+from pesc.crafting.refusals import refused_in_one_line
 from pesc.data.chat import render
 from pesc.machine.quiet import quiet_libraries
 from pesc.rules import Settings, at_least
@@ -60,7 +61,8 @@ class Chat:
             The answer. If Ctrl-C stopped it, its beginning; the history keeps that too.
 
         Raises:
-            ValueError: the conversation no longer fits the model's context; the message is not kept.
+            ValueError: the conversation no longer fits the model's context, or the model computes NaN; the message is
+                not kept.
         """
         question = {"role": "user", "content": text}
         prompt = render([*self.messages, question], self.tokenizer, add_generation_prompt=True)
@@ -71,13 +73,14 @@ class Chat:
         streamer, temperature = _Streamer(self.tokenizer, self.console), self.settings.temperature
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature else {}
         try:
-            self.model.generate(
-                **batch,
-                streamer=streamer,
-                max_new_tokens=min(self.settings.max_new_tokens, room),
-                pad_token_id=self.tokenizer.pad_token_id,
-                **(sampling or {"do_sample": False}),
-            )
+            with refused_in_one_line(f"{self.model.config.name_or_path} cannot answer"):
+                self.model.generate(
+                    **batch,
+                    streamer=streamer,
+                    max_new_tokens=min(self.settings.max_new_tokens, room),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **(sampling or {"do_sample": False}),
+                )
         except KeyboardInterrupt:
             streamer.end()
             self.console.print(" [dim](stopped)[/dim]", end="")

@@ -112,7 +112,7 @@ def _check_adapter(ref: ModelRef, weights: Weights, report: Report) -> Any:
         return None
     _compare(ref.differences(weights), shapes_in_files(ref.skeleton()), weights, report)
     try:
-        ref.check_base()
+        ref.settings.check_base(ref.base.folder)
         for line in ref.base.differences().lines():
             report.add("error", f"its base is not complete: {line}")
     except (FileNotFoundError, ValueError) as error:
