@@ -123,6 +123,7 @@ def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: 
         ({"num_attention_heads": 0}, "no model can be built|no config that transformers can read"),
         ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be built"),
         ({"rope_parameters": [1]}, "no config that transformers can read"),
+        ({"quantization_config": {"x": 1}}, "transformers knows no such quantization_config"),
         ({"pad_token_id": 10**6}, "no model can be built"),
     ],
 )

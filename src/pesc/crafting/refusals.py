@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
+from transformers.quantizers import AutoQuantizationConfig
 
 from pesc.config import MODEL_TYPE
 from pesc.crafting.families import MOE_FIELDS
@@ -68,6 +69,9 @@ def _refuse_another_model(file: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{file}: model_type ({model_type!r}) must be {MODEL_TYPE!r}, as it has {' and '.join(ours)}")
     if "transformers_weights" in values:
         raise ValueError(f"{file}: transformers_weights must be left out: weights have the usual names here")
+    if quantization := values.get("quantization_config"):
+        with refused_in_one_line(f"{file}: transformers knows no such quantization_config"):
+            AutoQuantizationConfig.from_dict(quantization)
     if (file.parent / "adapter_config.json").is_file():
         raise ValueError(
             f"{file.parent} holds an adapter_config.json beside config.json, so that transformers would load the model "
