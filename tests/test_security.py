@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,10 @@ from checkpoints import tiny_dense, write_rows
 from pesc import load, load_tokenizer
 from pesc.cli import main
 from pesc.data.chat import encode_messages
+from pesc.storage.files import write_json
+from pesc.training.checkpoints import DIGESTS, _digests
 from pesc.training.recipe import load_recipe
+from pesc.training.trainer import PescTrainer
 
 RECIPE = """\
 model: {name: dense}
@@ -45,25 +47,40 @@ NEVER_READ = ("training_args.bin", "pytorch_model.bin", "adapter_model.bin", "cu
 
 
 def test_a_pickle_in_a_checkpoint_is_refused_or_passed_over(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["train", "recipe.yaml"]) == 0
-    shutil.rmtree("run/adapter")
-    shutil.rmtree("run/checkpoints/checkpoint-4")
-    checkpoint = Path("run/checkpoints/checkpoint-2")
+    checkpoint = _interrupted_run(monkeypatch)
     assert {path.name for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin", ".pkl")} == set(READ)
     for name in NEVER_READ:
         (checkpoint / name).write_bytes(pickle.dumps(_Attack()))
     for name in READ:
         kept = (checkpoint / name).read_bytes()
         torch.save({"state": _Attack()}, checkpoint / name)
+        # Whoever can write a checkpoint can write its hashes too.
+        write_json(checkpoint / DIGESTS, _digests(checkpoint))
         capsys.readouterr()
         assert main(["train", "recipe.yaml"]) == 1, name
         assert f"{checkpoint} was not read, as its" in capsys.readouterr().err.splitlines()[-1]
         assert not Path("ran").exists(), name
         (checkpoint / name).write_bytes(kept)
     assert main(["train", "recipe.yaml"]) == 0
+    assert f"removed a damaged checkpoint, {checkpoint}" in " ".join(capsys.readouterr().out.split())
     assert not Path("ran").exists()
+
+
+def _interrupted_run(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's first checkpoint; it was interrupted in its third step."""
+    plain, calls = PescTrainer.training_step, iter(range(100))
+
+    def step(self, *args, **kwargs):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PescTrainer, "training_step", step)
+        assert main(["train", "recipe.yaml"]) == 130
+    return Path("run/checkpoints/checkpoint-2")
 
 
 def test_code_that_a_folder_names_or_holds_is_never_run(workplace: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(OSError, match="No space left on device: free some space"):
         craft_checkpoint(dense, tmp_path / "out", CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 

@@ -73,7 +73,7 @@ def new_folder(out: Path, *, wait: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `out` is there already.
         BlockingIOError: another process writes `out`.
-        OSError: the disk is full or the place is gone; what was written is removed.
+        OSError: the disk is full, or the place is gone; what was written is removed.
     """
     with _staged(out, wait=wait) as partial:
         partial.mkdir()
