@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PESC_CACHE ?= $(HOME)/.cache/pesc
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test test-slow test-engines test-versions lint docs check setup clean
+.PHONY: demo test test-slow test-engines test-peers test-versions lint docs check setup clean
 
 demo: setup
 	$(BIN)/pesc demo
@@ -49,6 +49,21 @@ test-versions: setup
 	$(PYTHON) -m venv .engines/llamacpp
 	CMAKE_ARGS=-DGGML_NATIVE=OFF .engines/llamacpp/bin/pip install --quiet --disable-pip-version-check \
 		--no-cache-dir -r engines/requirements-llamacpp.txt
+	touch $@
+
+# Other projects' tests on crafted models, from the source archives of the pinned versions. Their markers are not ours.
+test-peers: .peers/.setup
+	.peers/venv/bin/python -m pytest -o addopts="-ra --import-mode=importlib" tests/peers
+
+.peers/.setup: engines/requirements-peers.txt constraints.txt
+	$(PYTHON) -m venv .peers/venv
+	.peers/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r engines/requirements-peers.txt -e .
+	.peers/venv/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+		-d .peers/archives $(shell grep -E '^(peft|transformers)==' constraints.txt)
+	mkdir -p .peers/sources
+	for archive in .peers/archives/*.tar.gz; do tar -xzf $$archive -C .peers/sources || exit 1; done
+	touch .peers/sources/transformers-*/tests/__init__.py
 	touch $@
 
 check: lint docs test test-slow

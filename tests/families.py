@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _SMALL = {
     "vocab_size": 96,
@@ -44,14 +46,19 @@ UNTRIED: dict[str, tuple[str, dict]] = {
 }
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random causal LM of a family, 3 layers of width 32, in eval mode."""
+def dense_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """The config of `tiny_model`, with changes."""
     name, settings = (FAMILIES | UNTRIED)[family]
     config_name = "Gemma3TextConfig" if family == "gemma3" else f"{name}Config"
+    return getattr(transformers, config_name)(**_SMALL | settings | changes)
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random causal LM of a family, 3 layers of width 32, in eval mode."""
+    name, _ = (FAMILIES | UNTRIED)[family]
     model_name = "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM"
-    config = getattr(transformers, config_name)(**_SMALL, **settings)
     torch.manual_seed(seed)
-    return getattr(transformers, model_name)(config).to(dtype).eval()
+    return getattr(transformers, model_name)(dense_config(family)).to(dtype).eval()
 
 
 def disturb(model: PreTrainedModel, seed: int = 0, std: float = 0.3) -> PreTrainedModel:

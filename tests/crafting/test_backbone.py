@@ -122,6 +122,12 @@ def test_reentrant_checkpointing_is_refused(switch: str) -> None:
         model(tokens())
 
 
+def test_a_backbone_built_alone_is_refused_since_it_would_have_no_experts() -> None:
+    model = crafted()
+    with pytest.raises(ValueError, match="PescLlamaModel gets its experts from a causal LM"):
+        type(model.model)(model.config)
+
+
 def test_experts_that_another_library_leaves_out_are_missed() -> None:
     model = crafted().train()
     ffn = model.model.layers[2].mlp

@@ -39,6 +39,9 @@ class PescBackbone(Extension, PreTrainedModel):
         super().__init_subclass__(**kwargs)
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"{type(self).__name__} gets its experts from a causal LM: build one and take its base_model")
+
     @classmethod
     def namespace(cls, dense: Any) -> dict[str, Any]:
         """The names of the dense forward's arguments."""
