@@ -102,7 +102,7 @@ def test_a_crafted_model_under_a_dense_model_type_keeps_its_experts_or_is_refuse
             read(out)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     craft(load(tiny_dense(tmp_path / "dense")), PescConfig(num_experts=2, adapter_dim=4)).save_pretrained(
         tmp_path / "out"
@@ -111,6 +111,8 @@ def test_weights_that_are_not_floating_point_are_refused(tmp_path: Path, dtype: 
         change(folder, model__layers__0__mlp__up_proj__weight=torch.ones(48, 32).to(dtype))
         with pytest.raises(ValueError, match="wrong dtype: model.layers.0.mlp.up_proj.weight is"):
             load(folder)
+    with pytest.raises(ValueError, match="wrong dtype: model.layers.0.mlp.up_proj.weight is"):
+        craft_checkpoint(tmp_path / "dense", tmp_path / "crafted", PescConfig())
 
 
 @pytest.mark.parametrize(

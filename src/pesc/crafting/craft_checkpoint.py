@@ -13,7 +13,7 @@ from pesc.crafting.configuration import crafted_config
 from pesc.crafting.families import refuse_moe
 from pesc.crafting.load import locate
 from pesc.crafting.skeleton import differences_from, names_in_model, skeleton_of
-from pesc.crafting.surgery import crafted_ffns, new_expert_tensors
+from pesc.crafting.surgery import crafted_ffns, expert_parameters, new_expert_tensors
 from pesc.storage.checksums import write_checksums
 from pesc.storage.files import copy_companions, link_or_copy, new_folder, write_json
 from pesc.storage.weights import INDEX, SINGLE, Weights
@@ -49,10 +49,10 @@ def craft_checkpoint(model: str | Path, out: str | Path, pesc_config: PescConfig
         raise ValueError(f"{model} is quantized: craft the unquantized model, or the loaded one with pesc.craft")
     weights = Weights(ref.folder, pickled=False)
     skeleton = skeleton_of(crafted_config(ref.config, pesc_config))
+    fault = f"{model} does not hold the dense model that its config describes"
+    differences_from(skeleton, weights, new=expert_parameters(skeleton)).refuse(fault)
     dtype = _ffn_dtype(skeleton, weights)
     experts = {name: tensor.to(dtype) for name, tensor in new_expert_tensors(skeleton).items()}
-    fault = f"{model} does not hold the dense model that its config describes"
-    differences_from(skeleton, weights, new=experts).refuse(fault)
     with new_folder(out) as folder:
         shards = {file: DENSE_SHARD if file.name == SINGLE else file.name for file in weights.files}
         for file, name in shards.items():

@@ -102,8 +102,8 @@ class Recipe(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         name, folder = self.model.name, self.output.folder
-        if name != EMBEDDED and Path(name).expanduser() == folder:
-            raise ValueError(f"output.folder ({folder}) must not be model.name: the run would hide its base")
+        if name != EMBEDDED and Path(name).expanduser() == folder and not (folder / "config.json").is_file():
+            raise ValueError(f"output.folder ({folder}) must not be model.name: the run would hide that model")
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> Iterator[str]:

@@ -87,11 +87,11 @@ def check(ref: ModelRef, report: Report) -> None:
         ValueError: the files cannot be read, or make no sense.
     """
     report.kind = ref.kind
-    report.facts["checksums"] = "all right" if check_checksums(ref.folder) else "none"
     try:
         weights = ref.weights()
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
+    report.facts["checksums"] = "all right" if check_checksums(ref.folder) else "none"
     report.facts["bytes"] = sum(weights.file_sizes)
     values = read_json(ref.folder / "config.json") if ref.kind == "dense" else {}
     if ref.kind == "adapter":
