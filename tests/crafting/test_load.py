@@ -94,7 +94,7 @@ def test_a_crafted_model_under_a_dense_model_type_keeps_its_experts_or_is_refuse
             ValueError, match=r"model_type \('llama'\) must be 'pesc', as it has pesc and base_model_type"
         ):
             read(out)
-    for key in ("pesc", "base_model_type"):
+    for key in ("pesc", "base_model_type", "experts_implementation"):
         del config[key]
     file.write_text(json.dumps(config))
     for read in (load, describe, verify_errors):
