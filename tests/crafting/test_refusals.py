@@ -19,6 +19,7 @@ from pesc.crafting.refusals import refuse_absurd_numbers
         {"a": [{"b": float("inf")}]},
         {"rope_parameters": {"rope_theta": 0}},
         {"num_hidden_layers": 10**6},
+        {"max_position_embeddings": -1},
         {"pesc": {"num_experts": [8, 10**400]}},
     ],
 )

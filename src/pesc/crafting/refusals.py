@@ -113,5 +113,5 @@ def refuse_absurd_numbers(values: dict[str, Any], file: Path) -> None:
             raise ValueError(f"{file}: {key} ({value}) must be a finite number")
         elif isinstance(value, float | int) and key.endswith(("_eps", "_epsilon")) and not 0 < value < 1:
             raise ValueError(f"{file}: {key} ({value}) must be above 0 and below 1")
-        elif isinstance(value, float | int) and key == "rope_theta" and value <= 0:
+        elif isinstance(value, float | int) and key in ("rope_theta", "max_position_embeddings") and value <= 0:
             raise ValueError(f"{file}: {key} ({value}) must be above 0")
