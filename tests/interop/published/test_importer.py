@@ -202,7 +202,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     checkpoint.config |= {"topk": 2, "moe_scaling": 1, "hidden_size": "wide"}
     with pytest.raises(ValueError, match="the config is no llama config"):
         import_checkpoint(checkpoint.save(tmp_path / "source"), tmp_path / "out")
-    checkpoint.config |= {"hidden_size": 48, "quantization_config": {"bits": 4}}
+    checkpoint.config |= {"hidden_size": 48, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     with pytest.raises(ValueError, match="import the unquantized checkpoint"):
         import_checkpoint(checkpoint.save(tmp_path / "source"), tmp_path / "out")
 

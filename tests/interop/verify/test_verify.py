@@ -348,7 +348,9 @@ def test_a_router_that_cannot_choose_is_found(value: float, tmp_path: Path) -> N
 def test_quantized_models_are_not_compared(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     name = "model.layers.1.self_attn.q_proj."
     assert verify(tmp_path).complete
     _change(tmp_path, **{f"{name}weight": None, f"{name}qweight": torch.zeros(4, 32, dtype=torch.int32)})
