@@ -12,6 +12,18 @@ from pesc.data.chat import IGNORE_INDEX
 from pesc.data.mixture import Mixture
 from pesc.data.prepare import column
 
+_MEASURES = (
+    "format",
+    "rows",
+    "that are no examples",
+    "that share words with an evaluation set",
+    "examples longer than max_length",
+    "examples that lose their answers so",
+    "examples drawn",
+    "tokens",
+    "tokens trained on",
+    "share of all tokens",
+)
 _EXAMPLES, _EXAMPLE_TOKENS, _BARS, _BAR_WIDTH = 3, 400, 12, 50
 
 
@@ -25,18 +37,17 @@ def show_mixture(mixture: Mixture, tokenizer: PreTrainedTokenizerBase, console: 
 
 
 def _sources(mixture: Mixture) -> Table:
-    table = Table(title="Sources")
-    table.add_column("source", overflow="fold")
-    table.add_column("format")
-    for name in ("rows", "no examples", "contaminated", "too long", "lost", "drawn", "tokens", "trained on", "share"):
-        table.add_column(name, justify="right")
+    table = Table("", title="Sources")
+    columns: list[list[str]] = []
     tokens = [column(source.examples, "length")[drawn].sum() for source, drawn in _parts(mixture)]
     for (source, drawn), size in zip(_parts(mixture), tokens, strict=True):
         counts, trained = source.counts, column(source.examples, "trained")[drawn].sum()
+        table.add_column(Text(source.settings.path), justify="right", overflow="fold")
         numbers = [counts.rows, len(counts.faults), len(counts.contaminated), counts.truncated, counts.dropped]
-        cells = [*numbers, len(drawn), size, trained]
-        share = f"{size / sum(tokens):.1%}"
-        table.add_row(Text(source.settings.path), ", ".join(counts.formats), *(f"{n:,}" for n in cells), share)
+        numbers += [len(drawn), size, trained]
+        columns.append([", ".join(counts.formats), *(f"{n:,}" for n in numbers), f"{size / sum(tokens):.1%}"])
+    for name, *cells in zip(_MEASURES, *columns, strict=True):
+        table.add_row(name, *cells)
     return table
 
 
