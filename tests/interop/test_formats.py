@@ -126,6 +126,13 @@ def test_public_names(place: str, name: str) -> None:
     assert public_name(place) == name
 
 
+def test_the_licence_of_a_base_is_known_through_its_crafted_folder(tmp_path: Path) -> None:
+    base = tiny_dense(tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    out = pesc.craft_checkpoint(base, tmp_path / "crafted", PescConfig(num_experts=2, adapter_dim=4))
+    assert "license: apache-2.0" in (export(out, tmp_path / "out", "pesc") / "README.md").read_text()
+
+
 def test_a_relative_folder_that_vanished_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "a", **GATED)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pesc.crafting.families import refuse_moe
 from pesc.crafting.load import locate
 from pesc.crafting.skeleton import differences_from, names_in_model, skeleton_of
 from pesc.crafting.surgery import crafted_ffns, expert_parameters, new_expert_tensors
-from pesc.storage.checksums import write_checksums
+from pesc.storage.checksums import CARD, write_checksums
 from pesc.storage.files import copy_companions, link_or_copy, new_folder, write_json
 from pesc.storage.weights import INDEX, SINGLE, Weights
 
@@ -58,6 +59,8 @@ def craft_checkpoint(model: str | Path, out: str | Path, pesc_config: PescConfig
         for file, name in shards.items():
             link_or_copy(file, folder / name)
         copy_companions(ref.folder, folder)
+        if (card := ref.folder / CARD).is_file():  # it names the licence, which exports look for
+            shutil.copyfile(card, folder / CARD)
         save_file(experts, folder / EXPERTS_SHARD, {"format": "pt"})
         weight_map = {name: shards[info.file] for name, info in weights.tensors.items()}
         weight_map |= dict.fromkeys(experts, EXPERTS_SHARD)

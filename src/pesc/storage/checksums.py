@@ -14,7 +14,7 @@ NEEDED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """Patterns of the files that a model needs; a download leaves out all others."""
 SMALL = 64 * 1024**2
 """Bytes of a file that is hashed whenever its folder is opened: all but large weights."""
-_CARD = "README.md"  # for people, who may edit it
+CARD = "README.md"  # for people, who may edit it
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/]+)")
 
 
@@ -26,7 +26,7 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
         names: files to list; by default all but the model card.
     """
     if names is None:
-        names = [file.name for file in folder.iterdir() if file.is_file() and file.name not in (SUMS, _CARD)]
+        names = [file.name for file in folder.iterdir() if file.is_file() and file.name not in (SUMS, CARD)]
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in sorted(names)]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
