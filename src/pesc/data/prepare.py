@@ -28,6 +28,7 @@ from pesc.data.sources import Piece, cut, data_files, read_rows
 from pesc.machine.progress import Progress
 from pesc.storage.files import new_file, read_json, write_json
 from pesc.storage.hub import cache_folder
+from pesc.storage.lock import locked
 
 _BATCH = 1000
 """Examples in memory at once."""
@@ -161,7 +162,8 @@ def prepare_source(
     folder = cache_folder() / "data" / _key(encoder, digest)
     files = [folder / f"{number:05}.arrow" for number in range(len(pieces))]
     tables, rows, total = [], [], Counts()
-    with Progress(console, f"  preparing {source.path}", len(pieces), transient=True) as progress:
+    progress = Progress(console, f"  preparing {source.path}", len(pieces), transient=True)
+    with locked(folder, wait=True), progress:  # another process may prepare the same
         for done, (file, counts) in enumerate(_encode_missing(encoder, pieces, files), start=1):
             if counts.faults and data.on_bad_row == "error":
                 refuse_faults(counts.faults, counts.rows, source.path)
