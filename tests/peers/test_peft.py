@@ -31,6 +31,7 @@ MODELS = [
 ]
 """Where peft means any decoder, it gets a Llama; its LoRA of rank 20 needs layers that are wider."""
 GEMMA3 = "hf-internal-testing/tiny-random-Gemma3ForCausalLM"
+_DECODERS = dict.fromkeys(MODELS, _LLAMA) | {GEMMA3: dense_config("gemma3", vocab_size=264)}
 LLAMA4, GPT_OSS = "trl-internal-testing/tiny-Llama4ForCausalLM", "trl-internal-testing/tiny-GptOssForCausalLM"
 RUN = {MODELS[-1], LLAMA4, GPT_OSS}
 """The models that lists of cases are run with."""
@@ -57,12 +58,8 @@ def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
     llama4 = Llama4TextConfig(**_SIZE, **_HEADS, **moe, intermediate_size_mlp=48, attn_temperature_tuning=False)
-    models = dict.fromkeys(MODELS, _LLAMA) | {GEMMA3: dense_config("gemma3", vocab_size=264)}
-    return save_models(
-        tmp_path_factory.mktemp("dense"),
-        models | {LLAMA4: llama4, GPT_OSS: GptOssConfig(**_SIZE, **_HEADS, **moe)},
-        None,
-    )
+    models = _DECODERS | {LLAMA4: llama4, GPT_OSS: GptOssConfig(**_SIZE, **_HEADS, **moe)}
+    return save_models(tmp_path_factory.mktemp("dense"), models, None)
 
 
 @pytest.fixture(scope="session")
@@ -70,12 +67,7 @@ def crafted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # Their MoE models have two layers, whose names in the second are those of LFM2: `feed_forward`.
     lfm2 = Lfm2Config(**_SIZE, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"] * 2)
     pesc = PescConfig(num_experts=4, adapter_dim=8, adapter_placement="parallel", adapter_activation="swiglu")
-    models = dict.fromkeys(MODELS, _LLAMA) | {GEMMA3: dense_config("gemma3", vocab_size=264)}
-    return save_models(
-        tmp_path_factory.mktemp("crafted"),
-        models | {LLAMA4: lfm2, GPT_OSS: _LLAMA},
-        pesc,
-    )
+    return save_models(tmp_path_factory.mktemp("crafted"), _DECODERS | {LLAMA4: lfm2, GPT_OSS: _LLAMA}, pesc)
 
 
 class TestDenseDecoder(decoders.TestDecoderModels):

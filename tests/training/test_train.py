@@ -264,8 +264,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     found = last_checkpoint(tmp_path / "run" / "checkpoints", console)
     assert found == tmp_path / "run" / "checkpoints" / "checkpoint-2"
     assert not (tmp_path / "run" / "checkpoints" / "checkpoint-4").exists()
-    said = console.file.getvalue().replace("\n", "").split("removed a damaged checkpoint, ")[1]
-    assert said.endswith(f"checkpoint-4: not as it was written: {file}")
+    said = "".join(console.file.getvalue().split())  # a long path is cut into lines anywhere
+    assert said.endswith(f"checkpoint-4:notasitwaswritten:{file}")
 
 
 def test_the_newest_checkpoints_are_kept_when_the_clock_goes_backwards(

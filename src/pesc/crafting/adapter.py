@@ -7,8 +7,6 @@ SHA256SUMS            hashes of the two
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from pesc.crafting.sources import resolve
 from pesc.crafting.surgery import crafted_ffns
 from pesc.storage.checksums import write_checksums
 from pesc.storage.compare import TensorDifferences, compare_tensors
-from pesc.storage.files import new_folder, read_json, write_json
+from pesc.storage.files import json_sha256, new_folder, read_json, write_json
 from pesc.storage.weights import Weights, weights_hash
 
 ADAPTER = "adapter"
@@ -178,7 +176,7 @@ def config_hash(folder: Path) -> str:
     values = {key: value for key, value in read_json(folder / "config.json").items() if key not in _COSMETIC}
     if "torch_dtype" in values:
         values.setdefault("dtype", values.pop("torch_dtype"))
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json_sha256(values)
 
 
 def adapter_weights(folder: Path) -> Weights:

@@ -47,10 +47,7 @@ def conversation(row: Any, form: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: saying what is wrong with the row.
     """
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be an object, found {type(row).__name__}")
+    _refuse_no_object(row)
     found = detect(row) if form is None else next(each for each in FORMATS if each.name == form)
     try:
         read = found.read({key: value for key, value in row.items() if value is not None})
@@ -65,18 +62,26 @@ def conversation(row: Any, form: str | None = None) -> dict[str, Any]:
     return _check(read | _template_arguments(row, read["messages"]))
 
 
-def detect(row: dict[str, Any]) -> Format:
+def detect(row: Any) -> Format:
     """The format that a row's columns tell.
 
     Raises:
-        ValueError: none; all are listed.
+        ValueError: the row is no object, or its columns tell no format; all are listed.
     """
+    _refuse_no_object(row)
     columns = {key for key, value in row.items() if value is not None}
     for each in FORMATS:
         if any(wanted <= columns for wanted in each.columns):
             return each
     known = "; ".join(f"{each.name} ({', '.join(sorted(each.columns[0]))})" for each in FORMATS)
     raise ValueError(f"columns {', '.join(sorted(columns)) or 'none'} tell no format. Known are {known}")
+
+
+def _refuse_no_object(row: Any) -> None:
+    if isinstance(row, ValueError):  # stands in the place of a line that is no JSON
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, found {type(row).__name__}")
 
 
 def read_examples(path: Path | str) -> list[dict[str, Any]]:

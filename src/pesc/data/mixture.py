@@ -13,10 +13,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from pesc.data.prepare import PreparedSource, column, digest_of, prepare_source
+from pesc.data.decontaminate import Decontaminator
+from pesc.data.prepare import Encoder, PreparedSource, column, cut_source, prepare_source
 from pesc.data.settings import DataSettings
-from pesc.data.sources import cut, data_files
-from pesc.storage.files import write_text
+from pesc.storage.files import json_sha256, write_text
 
 LEFT_OUT = "left_out.txt"
 
@@ -36,6 +36,11 @@ class Mixture:
     def lengths(self) -> np.ndarray:
         """[examples], in tokens."""
         return column(self.examples, "length")
+
+    @property
+    def digest(self) -> str:
+        """`content_hash` of the data that were encoded."""
+        return json_sha256([source.digest for source in self.sources])
 
     def notes(self) -> list[str]:
         """Sentences on what did not become an example as it was."""
@@ -61,7 +66,11 @@ def prepare_mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed
         FileNotFoundError, ValueError, OSError: as `prepare_source` does.
         ValueError: more rows are asked for than a source has, or nothing is left to train on.
     """
-    sources = [prepare_source(source, data, tokenizer, console) for source in data.sources]
+    cleaner = Decontaminator(data.decontaminate) if data.decontaminate else None
+    sources = []
+    for source in data.sources:
+        encoder = Encoder(tokenizer, data.max_length, data.truncation, cleaner, source.format)
+        sources.append(prepare_source(source, data, encoder, console))
     drawn = [_draw(source, f"{seed}, source {number}") for number, source in enumerate(sources)]
     if not sum(map(len, drawn)):
         lost, rows = (sum(getattr(source.counts, name) for source in sources) for name in ("dropped", "rows"))
@@ -84,7 +93,7 @@ def content_hash(data: DataSettings) -> str:
     Raises:
         FileNotFoundError: a source is not there.
     """
-    return digest_of([[cut(file)[1] for file in data_files(source.path)] for source in data.sources])
+    return json_sha256([cut_source(source)[1] for source in data.sources])
 
 
 def _notes(source: PreparedSource) -> Iterator[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +24,7 @@ from pesc.data.formats import conversation, detect, refuse_faults
 from pesc.data.settings import DataSettings, SourceSettings
 from pesc.data.sources import Piece, cut, data_files, read_rows
 from pesc.machine.progress import Progress
-from pesc.storage.files import new_file, read_json, write_json
+from pesc.storage.files import json_sha256, new_file, read_json, write_json
 from pesc.storage.hub import cache_folder
 from pesc.storage.lock import locked
 
@@ -79,12 +77,12 @@ class Encoder:
             counts.rows += 1
             place = f"{piece.file.name}, row {number}"
             try:
-                read = conversation(row, self.format)
+                name = self.format or detect(row).name
+                read = conversation(row, name)
                 pairs = encode_conversation(read, self.tokenizer)
             except ValueError as error:
                 counts.faults.append(f"{place}: {error}")
                 continue
-            name = self.format or detect(row).name
             counts.formats[name] = counts.formats.get(name, 0) + 1
             if self.decontaminator and (words := self.decontaminator.find(read)):
                 counts.contaminated.append(f"{place}: {words}")
@@ -102,8 +100,7 @@ class Encoder:
             examples = self.encode(piece, counts)
             while batch := list(itertools.islice(examples, _BATCH)):
                 stream.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
-        with new_file(_counts_of(file)) as partial:
-            write_json(partial, asdict(counts))
+        write_json(_counts_of(file), asdict(counts))
         return file
 
     def _fit(self, input_ids: list[int], labels: list[int], counts: Counts) -> dict[str, Any] | None:
@@ -135,9 +132,7 @@ class PreparedSource:
     """Of what its files hold."""
 
 
-def prepare_source(
-    source: SourceSettings, data: DataSettings, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> PreparedSource:
+def prepare_source(source: SourceSettings, data: DataSettings, encoder: Encoder, console: Console) -> PreparedSource:
     """Encode a source, or map what was encoded before.
 
     The files lie in the cache's folder data/, under a hash of all that decides them: contents, settings, tokenizer,
@@ -145,8 +140,8 @@ def prepare_source(
 
     Args:
         source: what to read.
-        data: how to encode it.
-        tokenizer: fast, with the chat template to use.
+        data: what to do with rows that are no examples.
+        encoder: of the source's format.
         console: where progress is shown.
 
     Raises:
@@ -154,11 +149,7 @@ def prepare_source(
         ValueError: rows that are no examples, unless they are to be skipped; or a source without rows.
         OSError: a process of the preparation was killed, or the disk is full.
     """
-    cuts = [cut(file) for file in data_files(source.path)]
-    digest = digest_of([sha256 for _, sha256 in cuts])
-    pieces = [piece for found, _ in cuts for piece in found]
-    cleaner = Decontaminator(data.decontaminate) if data.decontaminate else None
-    encoder = Encoder(tokenizer, data.max_length, data.truncation, cleaner, source.format)
+    pieces, digest = cut_source(source)
     folder = cache_folder() / "data" / _key(encoder, digest)
     files = [folder / f"{number:05}.arrow" for number in range(len(pieces))]
     tables, rows, total = [], [], Counts()
@@ -176,14 +167,19 @@ def prepare_source(
     return PreparedSource(source, examples, np.concatenate(rows), total, digest)
 
 
+def cut_source(source: SourceSettings) -> tuple[list[Piece], str]:
+    """The pieces of a source's files, and the SHA-256 of what the files hold.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+    """
+    cuts = [cut(file) for file in data_files(source.path)]
+    return [piece for pieces, _ in cuts for piece in pieces], json_sha256([sha256 for _, sha256 in cuts])
+
+
 def column(examples: datasets.Dataset, name: str) -> np.ndarray:
     """[examples] int64: a column of numbers."""
     return np.asarray(examples.with_format("numpy")[name][:], dtype=np.int64)
-
-
-def digest_of(values: Any) -> str:
-    """SHA-256 of plain values, in hexadecimal."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _key(encoder: Encoder, digest: str) -> str:
@@ -191,7 +187,7 @@ def _key(encoder: Encoder, digest: str) -> str:
     cleaner = encoder.decontaminator and encoder.decontaminator.digest()
     libraries = [metadata.version(name) for name in ("pesc-moe", "transformers", "tokenizers")]
     made_by = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map, libraries]
-    return digest_of([digest, encoder.max_length, encoder.truncation, encoder.format, cleaner, made_by])[:32]
+    return json_sha256([digest, encoder.max_length, encoder.truncation, encoder.format, cleaner, made_by])[:32]
 
 
 def _encode_missing(encoder: Encoder, pieces: list[Piece], files: list[Path]) -> Iterator[tuple[Path, Counts]]:

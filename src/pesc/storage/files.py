@@ -60,6 +60,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def json_sha256(values: Any) -> str:
+    """SHA-256 of plain values as JSON with sorted keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def new_folder(out: Path, *, wait: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `out`, synced to the disk, only when the block succeeds.

@@ -6,8 +6,6 @@ Every run has a folder of its own and is trained and measured once; an interrupt
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -40,7 +38,7 @@ from pesc.report.results import (
     parse,
     to_json,
 )
-from pesc.storage.files import file_sha256, write_text
+from pesc.storage.files import file_sha256, json_sha256, write_text
 from pesc.storage.weights import weights_hash
 from pesc.training.recipe import Recipe
 from pesc.training.train import SUMMARY, train
@@ -211,7 +209,7 @@ def _key(study: Study, ref: ModelRef) -> str:
     files = sorted(ref.folder.glob("adapter.*")) if ref.kind == "adapter" else []
     digests = [file_sha256(file) for file in [study.held_out, *files]] + ([] if files else [weights_hash(ref.folder)])
     settings = [study.max_length, study.questions_per_domain, study.answer_tokens]
-    return hashlib.sha256(json.dumps([digests, settings]).encode()).hexdigest()
+    return json_sha256([digests, settings])
 
 
 def _settings(recipe: Recipe | None) -> dict[str, str]:

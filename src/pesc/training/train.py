@@ -77,7 +77,7 @@ def _train(recipe: Recipe, console: Console, label: str) -> None:
     with quiet_libraries():
         model = build_model(recipe)
     recipe.save(run / RECIPE)
-    write_text(run / DATA_DIGEST, content_hash(recipe.data) + "\n")
+    write_text(run / DATA_DIGEST, mixture.digest + "\n")
     mixture.write_left_out(run / LEFT_OUT)
     writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
