@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import json
@@ -18,69 +17,20 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import pesc.training.train as training
-from checkpoints import tiny_dense, write_rows
+from checkpoints import write_rows
 from definition import assert_same, gradients, step_gradients
 from pesc import PescConfig, craft_checkpoint, load, load_tokenizer, train
 from pesc.crafting.info import describe
 from pesc.crafting.lora import adapter_tensors
-from pesc.data.settings import DataSettings
 from pesc.interop.formats import export
 from pesc.training.checkpoints import last_checkpoint
-from pesc.training.recipe import (
-    LoraSettings,
-    ModelSettings,
-    OutputSettings,
-    Recipe,
-    TrainingSettings,
-)
 from pesc.training.trainer import PescTrainer
-
-PESC = PescConfig(num_experts=4, adapter_dim=8)
+from runs import PESC, interrupt_after, make_recipe, metrics
 
 
 @pytest.fixture
 def console() -> Console:
     return Console(file=io.StringIO(), width=120)
-
-
-def make_recipe(tmp_path: Path, **changes) -> Recipe:
-    """A small run; changes are settings of any section by their own name."""
-    if not (tmp_path / "dense").exists():
-        tiny_dense(tmp_path / "dense")
-        write_rows(tmp_path / "rows.jsonl")
-    values = {
-        "name": str(tmp_path / "dense"),
-        "pesc": PESC,
-        "lora": LoraSettings(r=4, alpha=8),
-        "train": tmp_path / "rows.jsonl",
-        "max_length": 128,
-        "steps": 6,
-        "batch_size": 2,
-        "learning_rate": 1e-2,
-        "warmup_ratio": 0.0,
-        "folder": tmp_path / "run",
-        "save_steps": 2,
-    } | changes
-    values["train"] = str(values["train"])
-
-    def section(settings: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(settings) if field.name in values]
-        return settings(**{name: values.pop(name) for name in names})
-
-    recipe = Recipe(
-        model=section(ModelSettings),
-        pesc=values.pop("pesc"),
-        lora=values.pop("lora"),
-        data=section(DataSettings),
-        training=section(TrainingSettings),
-        output=section(OutputSettings),
-    )
-    assert not values
-    return recipe
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_it_learns_and_writes_what_it_says(tmp_path: Path, console: Console) -> None:
@@ -136,23 +86,12 @@ def test_every_way_to_train_runs(tmp_path: Path, console: Console, changes: dict
     assert load(recipe.output.folder)(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
-def _interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    plain, calls = PescTrainer.training_step, iter(range(1000))
-
-    def step(self, *args, **kwargs):
-        if next(calls) == steps:
-            raise KeyboardInterrupt
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(PescTrainer, "training_step", step)
-
-
 def test_an_interrupted_run_resumes_to_the_same_end(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(make_recipe(tmp_path, folder=tmp_path / "whole"), console)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        _interrupt_after(patch, 5)
+        interrupt_after(patch, 5)
         train(make_recipe(tmp_path), console)
     assert not (tmp_path / "run" / "adapter").exists()
     resumed = train(make_recipe(tmp_path), console)
@@ -253,7 +192,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, file: str, how: str
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        _interrupt_after(patch, 5)
+        interrupt_after(patch, 5)
         train(make_recipe(tmp_path), console)
     (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "notes.txt").write_text("the user's own")
     damaged = tmp_path / "run" / "checkpoints" / "checkpoint-4" / file
@@ -281,7 +220,7 @@ def test_the_newest_checkpoints_are_kept_when_the_clock_goes_backwards(
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PescTrainer, "_save_checkpoint", save)
-        _interrupt_after(patch, 5)
+        interrupt_after(patch, 5)
         train(make_recipe(tmp_path, save_steps=1), console)
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-5"}
     train(make_recipe(tmp_path), console)
@@ -301,7 +240,7 @@ def test_a_run_goes_on_after_what_changes_no_result_and_after_a_new_setting(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        _interrupt_after(patch, 3)
+        interrupt_after(patch, 3)
         train(make_recipe(tmp_path), console)
     saved = tmp_path / "run" / "recipe.yaml"
     # As a version would have written it that did not know these settings.

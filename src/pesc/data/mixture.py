@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -45,6 +47,27 @@ class Mixture:
     def notes(self) -> list[str]:
         """Sentences on what did not become an example as it was."""
         return [note for source in self.sources for note in _notes(source)]
+
+    def rows_of(self, indices: Sequence[int], limit: int = 20) -> str:
+        """The rows that some examples were made of, in words; `limit` rows at most.
+
+        They are found by their tokens, since packing keeps no more of them.
+        """
+        found: dict[str, list[str]] = {}
+        documents = [document for index in indices for document in _documents(self.examples[index])]
+        for document in documents[:limit]:
+            name, row = self._origin(document)
+            found.setdefault(name, []).append(str(row))
+        more = f", and {len(documents) - limit} more rows" if len(documents) > limit else ""
+        return "; ".join(f"{name}, row {', '.join(rows)}" for name, rows in found.items()) + more
+
+    def _origin(self, document: list[int]) -> tuple[str, int]:
+        """Path of a source, and the number of a row in it, counted from 1."""
+        for source in self.sources:
+            for at in (column(source.examples, "length") == len(document)).nonzero()[0].tolist():
+                if source.examples[at]["input_ids"] == document:
+                    return source.settings.path, int(source.rows[at]) + 1
+        raise AssertionError("an example that no source holds")
 
     def write_left_out(self, path: Path) -> None:
         """List the rows that are no examples, and those that share words with an evaluation set."""
@@ -113,6 +136,13 @@ def _notes(source: PreparedSource) -> Iterator[str]:
             f"{name}: {len(counts.faults)} of {counts.rows} rows are no examples, {len(counts.contaminated)} share "
             f"words with an evaluation set; they are left out, and listed in {LEFT_OUT}"
         )
+
+
+def _documents(example: dict[str, Any]) -> list[list[int]]:
+    """The tokens of an example, or of each document of a packed one."""
+    ids = example["input_ids"]
+    ends = list(itertools.accumulate(example.get("seq_lengths", [len(ids)])))
+    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _draw(source: PreparedSource, seed: str) -> np.ndarray:

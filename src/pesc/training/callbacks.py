@@ -18,6 +18,7 @@ from pesc.machine.progress import Progress
 from pesc.storage.files import write_text
 
 METRICS = "metrics.jsonl"
+_COLLAPSED, _DEAD = "collapsed_layers", "dead_experts"
 _NOTHING_YET = {"step": 0, "tokens": 0, "elapsed": 0.0}
 
 
@@ -26,7 +27,8 @@ class MetricsWriter(TrainerCallback):
 
     A line holds: step; loss (of the language model alone); learning_rate; grad_norm; tokens (seen so far);
     tokens_per_second; elapsed (seconds, over interruptions); and for crafted models aux_loss (eq. 10 summed over
-    layers, without its weight) and load_entropy (see `pesc.method.routing.load_entropy`).
+    layers, without its weight) and load_entropy (see `pesc.method.routing.load_entropy`), and every
+    `pesc.training.health.WINDOW` steps collapsed_layers and dead_experts (see `pesc.training.health.starved`).
     """
 
     def __init__(self, path: Path, console: Console, label: str) -> None:
@@ -35,6 +37,7 @@ class MetricsWriter(TrainerCallback):
         self.label = label
         self.last = [_NOTHING_YET, *self._lines()][-1]
         self.progress: Progress | None = None
+        self._told: set[str] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,6 +70,7 @@ class MetricsWriter(TrainerCallback):
             if control.should_save:  # a checkpoint must not outlive the lines up to its step
                 os.fsync(stream.fileno())
         self.last = line
+        self._warn(line)
         status = f"loss {line['loss']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
         if "load_entropy" in line:
             status += f"  load entropy {line['load_entropy']:.3f}"
@@ -80,6 +84,17 @@ class MetricsWriter(TrainerCallback):
         """Show no more progress, also after an interruption."""
         if self.progress is not None:
             self.progress.stop()
+
+    def _warn(self, line: dict[str, Any]) -> None:
+        """Name the layers and experts that routing starves, each once."""
+        found = [f"layer {index} sends nearly every token to the same experts" for index in line.get(_COLLAPSED, [])]
+        found += [f"layer {i}, expert {e}: next to no tokens" for i, dead in line.get(_DEAD, {}).items() for e in dead]
+        new = [each for each in found if each not in self._told]
+        self._told.update(new)
+        if new:
+            message = f"step {line['step']}: {'; '.join(new)}. What gets no tokens learns nothing: start again with a "
+            message += "higher pesc.router_aux_loss_coef if it stays so"
+            self.console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def _line(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         now = time.perf_counter()
@@ -95,7 +110,8 @@ class MetricsWriter(TrainerCallback):
             "elapsed": elapsed,
         }
         self.step_start = now
-        return line | {key: float(logs[key]) for key in ("aux_loss", "load_entropy") if key in logs}
+        line |= {key: float(logs[key]) for key in ("aux_loss", "load_entropy") if key in logs}
+        return line | {key: logs[key] for key in (_COLLAPSED, _DEAD) if key in logs}
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []

@@ -29,6 +29,7 @@ from pesc.storage.files import write_json, write_text
 from pesc.storage.lock import locked, refuse_vanished
 from pesc.training.callbacks import METRICS, MetricsWriter, StopAtSignal, Stopped
 from pesc.training.checkpoints import last_checkpoint
+from pesc.training.health import NotFiniteError, movement, starting_point, tell_movement
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
 
@@ -53,6 +54,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         BlockingIOError: another process trains in the output folder.
         FileNotFoundError, ValueError: for a model or data that is not there or not complete, and for an output folder
             that holds a run of another recipe or other data.
+        ValueError: a loss or a gradient is not finite; it names the step, its examples and the last checkpoint.
         Stopped: Ctrl-C or SIGTERM came while it trained; the same run goes on from the step that was in progress.
     """
     console = console or Console()
@@ -82,12 +84,18 @@ def _train(recipe: Recipe, console: Console, label: str) -> None:
     writer = MetricsWriter(run / METRICS, console, label)
     with quiet_libraries():
         trainer = _build_trainer(recipe, model, tokenizer, mixture, writer)
+        start = starting_point(model)
         try:
             with measure_peak_memory() as peak:
                 last = _train_or_resume(trainer, run / CHECKPOINTS, console)
+        except NotFiniteError as error:
+            raise ValueError(_way_out(error, mixture, last_checkpoint(run / CHECKPOINTS, console))) from error
         finally:
             writer.stop()
-    write_json(run / SUMMARY, {**writer.summary(), "peak_memory_gb": peak.gigabytes})
+    moved = movement(start, last / ADAPTER)
+    if moved:
+        console.print(tell_movement(moved), highlight=False, markup=False)
+    write_json(run / SUMMARY, {**writer.summary(), "peak_memory_gb": peak.gigabytes, "moved": moved})
     refuse_vanished(run)
     (last / ADAPTER).rename(run / ADAPTER)
 
@@ -174,6 +182,15 @@ def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) 
     return checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
+def _way_out(error: NotFiniteError, mixture: Mixture, checkpoint: Path | None) -> str:
+    last = f"the last good checkpoint, {checkpoint}," if checkpoint else "the start"
+    return (
+        f"{error}, computed on {mixture.rows_of(error.examples)}. The weights did not take it in. The same command "
+        f"goes on from {last} and meets step {error.step} again: look at these rows, or choose another output.folder "
+        "and a lower training.learning_rate"
+    )
+
+
 def _refuse_another_recipe(recipe: Recipe) -> None:
     run = recipe.output.folder
     if not (run / RECIPE).is_file():
@@ -229,6 +246,7 @@ def _arguments(recipe: Recipe) -> SFTConfig:
         bf16=False,
         fp16=False,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_steps=recipe.output.save_steps,
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),

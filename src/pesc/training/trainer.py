@@ -14,12 +14,19 @@ from pesc.data.prepare import column
 from pesc.machine.allocator import release_where_scarce
 from pesc.method.routing import Routing, load_entropy
 from pesc.training.checkpoints import AdapterCheckpoints
+from pesc.training.health import WINDOW, FiniteSteps, starved
 from pesc.training.loss import summed_loss
 from pesc.training.sampler import LengthGroupedSampler
 
+_COUNTS = "expert_counts"
+"""Where the trainer's state, and so every checkpoint, keeps the counts of the window in progress."""
+
 
 class RoutingMetrics(Trainer):
-    """Logs what the routers did: `aux_loss` and `load_entropy`, means over micro-batches and processes."""
+    """Logs what the routers did: `aux_loss` and `load_entropy`, means over micro-batches and processes.
+
+    At the end of each window of steps also what `pesc.training.health.starved` finds in it.
+    """
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own; the router's losses reach the gradient inside the model."""
@@ -31,9 +38,22 @@ class RoutingMetrics(Trainer):
         return loss
 
     def _record(self, routing: Routing) -> None:
-        values = torch.tensor([[routing.aux_loss.item(), load_entropy(routing.counts())]], device=self.args.device)
+        counts, window = routing.counts(), self.state.stateful_callbacks
+        before = window.get(_COUNTS) or [0] * len(counts)
+        window[_COUNTS] = [(layer + torch.tensor(old)).tolist() for layer, old in zip(counts, before, strict=True)]
+        values = torch.tensor([[routing.aux_loss.item(), load_entropy(counts)]], device=self.args.device)
         for name, value in zip(("aux_loss", "load_entropy"), self.accelerator.gather(values).mean(dim=0), strict=True):
             self._metrics["train"][name].append(value.item())
+
+    def log(self, logs: dict[str, Any], *args: Any) -> None:
+        """As in the parent class."""
+        if "loss" in logs and self.state.global_step % WINDOW == 0:
+            config, window = self.model.config, self.state.stateful_callbacks.pop(_COUNTS, None)
+            if window:
+                counts = [torch.tensor(layer, device=self.args.device) for layer in window]
+                layers = config.pesc_config.for_layers(config.num_hidden_layers)
+                logs |= starved(self.accelerator.reduce(counts, "sum"), layers)
+        super().log(logs, *args)
 
 
 class LabelledPositions(Trainer):
@@ -77,7 +97,7 @@ class LabelledPositions(Trainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
 
-class PescTrainer(RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrainer):
+class PescTrainer(FiniteSteps, RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrainer):
     """Trains crafted models, and dense ones with LoRA, the same way."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
