@@ -93,16 +93,17 @@ def test_save_pretrained_of_an_unfolded_model_writes_the_adapter(tmp_path: Path)
     assert torch.equal(pesc.load(tmp_path / "out")(IDS).logits, model(IDS).logits)
 
 
-def test_lora_is_kept_in_float32(tmp_path: Path) -> None:
+def test_what_trains_is_kept_in_float32(tmp_path: Path) -> None:
     model = pesc.add_lora(
         craft(load(tiny_dense(tmp_path / "dense"), dtype="bfloat16"), PescConfig(num_experts=4, adapter_dim=8)),
         LORA,
     )
-    dtypes = {"lora_" in name: p.dtype for name, p in model.named_parameters()}
+    dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     pesc.save_adapter(model, tmp_path / "adapter")
     loaded = pesc.load(tmp_path / "adapter", dtype="bfloat16")
-    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    dtypes = {"lora_" in name: p.dtype for name, p in loaded.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
     assert {p.dtype for p in pesc.fold(model).parameters()} == {torch.bfloat16}
 
 
@@ -229,3 +230,13 @@ def test_a_crafted_folder_is_a_base_too(tmp_path: Path) -> None:
     pesc.save_adapter(model, tmp_path / "adapter")
     assert set(expert_parameters(model)) <= set(load_file(tmp_path / "adapter" / "adapter.safetensors"))
     assert torch.equal(pesc.load(tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+
+
+def test_lora_that_is_not_finite_is_not_folded_and_its_folder_named(tmp_path: Path) -> None:
+    folder = pesc.save_adapter(tuned(tiny_dense(tmp_path / "dense")), tmp_path / "adapter")
+    tensors = load_file(folder / "adapter.safetensors")
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name).fill_(float("nan"))
+    save_file(tensors, folder / "adapter.safetensors")
+    without_sums(folder)
+    with pytest.raises(ValueError, match=rf"^{folder} cannot be folded into {tmp_path / 'dense'}: NaNs detected"):
+        pesc.crafting.load.locate(folder).load(folded=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pesc.storage.files import new_file, new_folder, write_text
+from pesc.storage.files import new_file, new_folder, read_json, write_text
 from pesc.storage.lock import locked
 
 
@@ -120,3 +120,11 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="/no/such/source"), new_file(tmp_path / "out"):
         Path("/no/such/source").read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_too_large_to_be_json_is_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.json"
+    file.touch()
+    os.truncate(file, 300 * 1024**2)
+    with pytest.raises(ValueError, match=r"adapter\.json has 314572800 bytes, more than the \d+ that are read"):
+        read_json(file)

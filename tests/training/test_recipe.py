@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import get_scheduler
 
-from pesc import PescConfig
+from checkpoints import tiny_dense, write_rows
+from pesc import PescConfig, train
 from pesc.demo.demo import demo_recipe
 from pesc.training.recipe import Recipe, Scheduler, differences, load_recipe
+from runs import metrics
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = "model: {name: m}\ndata: {train: d.jsonl}\noutput: {folder: o}\n"
@@ -56,7 +60,7 @@ def test_null_means_without(tmp_path: Path) -> None:
         ("", ["training.learning_rat=3"], r"did you mean training.learning_rate\?"),
         ("", ["learning_rate=3"], r"learning_rate is unknown \(did you mean training.learning_rate\?\)"),
         ("", ["lora.max_lenght=3"], r"lora.max_lenght is unknown \(did you mean data.max_length\?\)"),
-        ("", ["model=m"], r"model \('m'\) must be a section \(name, dtype\)"),
+        ("", ["model=m"], r"model \('m'\) must be a section \(name, dtype, quantization\)"),
         ("", ["steps"], "is written key=value"),
         ("", ["--training.steps=3"], "is written key=value"),
         ("", ["training.steps=[3"], "recipe.yaml must be YAML"),
@@ -159,5 +163,13 @@ def test_the_recipe_in_the_repository_explains_every_setting() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_all_recipes_load(path: Path) -> None:
-    assert load_recipe(path).model.name
+def test_every_recipe_trains_a_tiny_model_on_a_few_rows_in_place_of_its_own(tmp_path: Path, path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_dense(tmp_path / "dense")
+    rows = write_rows(tmp_path / "rows.jsonl", 48)
+    changes = [f"model.name={tmp_path / 'dense'}", f"data.train={rows}", "data.decontaminate=null"]
+    changes += [f"output.folder={tmp_path / 'run'}", "training.steps=2", "training.gradient_accumulation_steps=2"]
+    train(load_recipe(path, changes), Console(file=io.StringIO()))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)

@@ -29,7 +29,7 @@ from pesc.crafting.adapter import (
 )
 from pesc.crafting.configuration import crafted_config
 from pesc.crafting.craft import craft
-from pesc.crafting.lora import add_lora, fold
+from pesc.crafting.lora import add_lora, cast_experts, fold
 from pesc.crafting.modeling import loading_differences
 from pesc.crafting.refusals import refused_in_one_line, sound_config
 from pesc.crafting.skeleton import differences_from, skeleton_of
@@ -218,9 +218,11 @@ class ModelRef:
         if self.settings.lora:
             add_lora(model, LoraConfig(**self.settings.lora))
         load_adapter_weights(model, self.folder)
+        cast_experts(model)
         # Other libraries look at the name for this very model: trl, for the reference of a preference loss.
         model.adapter_base, model.config.name_or_path = self.base.name, self.name
-        return fold(model.eval()) if folded else model.eval()
+        with refused_in_one_line(f"{self.folder} cannot be folded into {self.base.folder}"):
+            return fold(model.eval()) if folded else model.eval()
 
     def _read_config(self) -> Any:
         file = self.folder / "config.json"

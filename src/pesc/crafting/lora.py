@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -16,7 +17,7 @@ _LEAVES_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     """Give a model LoRA and say what trains: LoRA, routers and experts; all else is frozen.
 
-    LoRA itself is kept in float32, whatever the model's dtype: its steps are too small for less.
+    What trains is kept in float32, whatever the model's dtype: its steps are too small for less.
 
     Args:
         model: dense or crafted; changed in place.
@@ -33,8 +34,6 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
     tied = model.config.tie_word_embeddings and isinstance(model.get_input_embeddings(), LoraLayer)
     if tied or isinstance(model.get_output_embeddings(), LoraLayer):
         raise ValueError("add_lora: target_modules must not name the embeddings or the output layer")
-    for parameter in lora_parameters(model).values():
-        parameter.data = parameter.data.float()
     train_experts(model)
     return model
 
@@ -63,11 +62,25 @@ def refuse_unsavable(lora: PeftConfig, name: str | None) -> None:
         raise ValueError(f"no adapter folder can hold this adapter: {'; '.join(problems)}")
 
 
-def train_experts(model: PreTrainedModel) -> None:
-    """Let routers and experts train, and beside them only what LoRA added."""
+def train_experts(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+    """Let routers and experts train, and beside them only what LoRA added.
+
+    Args:
+        model: changed in place.
+        dtype: what they are kept in, and with them the optimizer's moments. Routers and experts compute in the dtype of
+            the activations. A step in bfloat16 is lost where it is below 1/256 of a weight.
+    """
     trained = adapter_tensors(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+        if name in trained:
+            parameter.data = parameter.data.to(dtype)
+
+
+def cast_experts(model: PreTrainedModel) -> None:
+    """Bring routers and experts to the model's dtype, in which they compute also while they train in another."""
+    for parameter in expert_parameters(model).values():
+        parameter.data = parameter.data.to(model.dtype)
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -96,11 +109,17 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns:
         The same model, computing the same.
+
+    Raises:
+        ValueError: the dense weights are quantized, or LoRA holds values that are not finite.
     """
+    if getattr(model, "is_quantized", False):
+        raise ValueError("fold: quantized weights would round LoRA away: load the model without quantization_config")
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
+    cast_experts(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         model._hf_peft_config_loaded = False
         del model.peft_config

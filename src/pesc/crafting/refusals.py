@@ -15,7 +15,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from pesc.config import MODEL_TYPE
 from pesc.crafting.families import MOE_FIELDS
 from pesc.storage.checksums import SMALL, check_checksums
-from pesc.storage.files import read_json
+from pesc.storage.files import read_json, refuse_large_text
 
 _NONSENSE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 BAD_CONFIG = (StrictDataclassError, *_NONSENSE, ValueError)
@@ -26,7 +26,7 @@ _MOST = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """Larger counts are damage, and would take minutes to build, even on the meta device."""
 _MOST_OF_ALL = 2**63 - 1
 """torch computes with no larger integer."""
-_TEXTS, _MOST_TEXT = (".json", ".jinja", ".txt", ".model"), 256 * 1024**2
+_TEXTS = (".json", ".jinja", ".txt", ".model")
 
 
 @contextmanager
@@ -51,8 +51,7 @@ def sound_config(folder: Path) -> dict[str, Any]:
         ValueError: a file is damaged, is not as it was written, or would make transformers load another model.
     """
     for text in (file for file in folder.iterdir() if file.suffix in _TEXTS and file.is_file()):
-        if (size := text.stat().st_size) > _MOST_TEXT:
-            raise ValueError(f"{text} has {size} bytes, more than the {_MOST_TEXT} that are read: it is damaged")
+        refuse_large_text(text)
     file = folder / "config.json"
     values = read_json(file)
     check_checksums(folder, SMALL)

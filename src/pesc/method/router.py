@@ -45,7 +45,7 @@ class Router(nn.Module):
             router_logits [T, E] fp32; top_k_weights [T, K] in the input's dtype; top_k_index [T, K] int64.
         """
         with without_onednn(hidden_states, up_to=FEW_TOKENS):
-            logits_TE = F.linear(hidden_states, self.weight).float()
+            logits_TE = F.linear(hidden_states, self.weight.to(hidden_states.dtype)).float()
         if self.recorded is not None:
             self.recorded.append(logits_TE)
         top_logits_TK, index_TK = torch.topk(logits_TE, self.num_experts_per_tok, dim=-1)

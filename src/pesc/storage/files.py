@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from pesc.storage.lock import locked, refuse_vanished
 
+_MOST_TEXT = 256 * 1024**2  # bytes; tokenizers take up to 40 million, indexes of weights a few
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _COMPANIONS = re.compile(
@@ -30,10 +31,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: the file holds no JSON object.
+        ValueError: the file holds no JSON object, or is larger than any that we read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is no model's folder, or not complete")
+    refuse_large_text(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -41,6 +43,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")
     return values
+
+
+def refuse_large_text(path: Path) -> None:
+    """Refuse to read a file that is no text of a model.
+
+    Raises:
+        ValueError: the file is larger than any.
+    """
+    if (size := path.stat().st_size) > _MOST_TEXT:
+        raise ValueError(f"{path} has {size} bytes, more than the {_MOST_TEXT} that are read: it is damaged")
 
 
 def write_json(path: Path, values: Any, *, sort_keys: bool = False) -> None:

@@ -20,6 +20,21 @@ Scheduler = Literal[
     "constant_with_warmup", "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
 ]
 """transformers' names; those that need no settings of their own."""
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "adafactor",
+    "rmsprop",
+    "sgd",
+]
+"""transformers' names; those that need no package but bitsandbytes, and no settings of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +44,9 @@ class ModelSettings(Settings):
     name: str
     """A dense base: a folder, a hub id, or smollm2-135m-instruct. A crafted folder is tuned further."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic. LoRA itself always trains in float32."""
+    """Of the base's weights, and of arithmetic."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Of the base's linear layers while tuning, by bitsandbytes: nf4 with double quantization (the paper), or int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +65,7 @@ class LoraSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(Settings):
-    """Optimization: AdamW without weight decay."""
+    """Optimization, without weight decay."""
 
     epochs: Annotated[float, above(0)] = 1.0
     """Passes over the data; fractions allowed."""
@@ -60,6 +77,14 @@ class TrainingSettings(Settings):
     """Forward passes in one optimizer step."""
     learning_rate: Annotated[float, above(0)] = 2e-4
     """Peak rate (the paper: 2e-4)."""
+    router_learning_rate: Annotated[float | None, above(0)] = None
+    """Peak rate of the routers, if it is another."""
+    experts_learning_rate: Annotated[float | None, above(0)] = None
+    """Peak rate of the experts, if it is another."""
+    optim: Optimizer = "adamw_torch_fused"
+    """The optimizer (the paper: paged_adamw_32bit); all but torch's and Adafactor need bitsandbytes."""
+    trained_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of LoRA, routers and experts and the optimizer's moments. In bfloat16 small steps are lost."""
     lr_scheduler_type: Scheduler = "constant_with_warmup"
     """How the rate goes on after the warm-up (the paper: constant)."""
     warmup_ratio: Annotated[float, at_least(0), below(1)] = 0.03
@@ -87,7 +112,8 @@ class Recipe(Settings):
     """One training run.
 
     Raises:
-        ValueError: when pesc and lora are both None, so that nothing would train; when the run has its base's name.
+        ValueError: when pesc and lora are both None, so that nothing would train; when the run has its base's name; for
+            a quantized base without LoRA; for trained weights that are narrower than the base's.
     """
 
     model: ModelSettings
@@ -104,6 +130,13 @@ class Recipe(Settings):
         name, folder = self.model.name, self.output.folder
         if name != EMBEDDED and Path(name).expanduser() == folder and not (folder / "config.json").is_file():
             raise ValueError(f"output.folder ({folder}) must not be model.name: the run would hide that model")
+        if self.model.quantization and self.lora is None:
+            raise ValueError(
+                f"model.quantization ({self.model.quantization}) needs lora: transformers' Trainer tunes no quantized "
+                "model without it"
+            )
+        if self.training.trained_dtype == "bfloat16" != self.model.dtype:
+            raise ValueError("training.trained_dtype (bfloat16) must be float32, as model.dtype is")
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from pesc.storage.lock import locked, refuse_vanished
 from pesc.training.callbacks import METRICS, MetricsWriter, StopAtSignal, Stopped
 from pesc.training.checkpoints import last_checkpoint
 from pesc.training.health import NotFiniteError, movement, starting_point, tell_movement
+from pesc.training.quantization import quantization_options
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
 
@@ -118,7 +119,7 @@ def prepare_data(recipe: Recipe, console: Console) -> tuple[Mixture, PreTrainedT
 def build_model(recipe: Recipe) -> PreTrainedModel:
     """The model of a recipe as it starts to train: crafted, with LoRA, all else frozen."""
     set_seed(recipe.training.seed)
-    model = locate(recipe.model.name).load(dtype=recipe.model.dtype)
+    model = locate(recipe.model.name).load(dtype=recipe.model.dtype, **quantization_options(recipe))
     if crafted_ffns(model):
         if recipe.pesc not in (None, model.config.pesc_config):
             raise ValueError(
@@ -127,12 +128,11 @@ def build_model(recipe: Recipe) -> PreTrainedModel:
             )
     elif recipe.pesc is not None:
         craft(model, recipe.pesc)
-    if recipe.lora is None:
-        train_experts(model)
-    else:
+    if recipe.lora is not None:
         # Once more: crafting drew random numbers, and LoRA starts from the same matrices with and without experts.
         set_seed(recipe.training.seed)
         add_lora(model, _lora_config(recipe.lora))
+    train_experts(model, getattr(torch, recipe.training.trained_dtype))
     return model
 
 
@@ -143,12 +143,15 @@ def _build_trainer(
     mixture: Mixture,
     writer: MetricsWriter,
 ) -> PescTrainer:
+    training = recipe.training
     trainer = PescTrainer(
         model,
         args=_arguments(recipe),
         train_dataset=mixture.examples,
         processing_class=tokenizer,
         callbacks=[writer],
+        router_learning_rate=training.router_learning_rate,
+        experts_learning_rate=training.experts_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -236,15 +239,17 @@ def _arguments(recipe: Recipe) -> SFTConfig:
         max_steps=training.steps or -1,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
+        optim=training.optim,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_ratio,
         max_grad_norm=training.max_grad_norm,
         weight_decay=0.0,
         gradient_checkpointing=training.gradient_checkpointing,
-        # The weights have the recipe's dtype themselves; nothing is cast on the way.
-        bf16=False,
+        # Autocast, where weights that train in float32 meet activations in bfloat16.
+        bf16=recipe.model.dtype != training.trained_dtype,
         fp16=False,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused where there is no GPU
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=recipe.output.save_steps,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from pesc.crafting.backbone import watch_routing
+from pesc.crafting.surgery import expert_parameters
 from pesc.data.chat import IGNORE_INDEX
 from pesc.data.prepare import column
 from pesc.machine.allocator import release_where_scarce
@@ -98,7 +99,46 @@ class LabelledPositions(Trainer):
 
 
 class PescTrainer(FiniteSteps, RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrainer):
-    """Trains crafted models, and dense ones with LoRA, the same way."""
+    """Trains crafted models, and dense ones with LoRA, the same way.
+
+    Args:
+        router_learning_rate: peak rate of the routers; None for `learning_rate`.
+        experts_learning_rate: peak rate of the experts; None for `learning_rate`.
+        kwargs: passed to `SFTTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        router_learning_rate: float | None = None,
+        experts_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # trl would round what trains beside quantized weights to bfloat16.
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+        super().__init__(model, **kwargs)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self._rates = {"router": router_learning_rate, "experts": experts_learning_rate}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the parent class, with learning rates of their own for routers and experts."""
+        super().create_optimizer(model)
+        for part, rate in self._rates.items():
+            if rate is not None:
+                self._split_group(part, rate)
+        return self.optimizer
+
+    def _split_group(self, part: str, rate: float) -> None:
+        names = expert_parameters(self.model)
+        own = {id(parameter) for name, parameter in names.items() if f".{part}." in name}
+        for group in list(self.optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in own]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                self.optimizer.add_param_group(group | {"params": moved, "lr": rate})
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         lengths = column(train_dataset or self.train_dataset, "length").tolist()
