@@ -85,3 +85,15 @@ def test_plain_text_is_trained_on_as_it_is() -> None:
     [(input_ids, labels)] = encode_conversation({"text": "abc"}, tokenizer)
     assert tokenizer.decode(input_ids) == "abc<|im_end|>"
     assert labels == [IGNORE_INDEX, *input_ids[1:]]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{{ 1 / 0 }}", "cannot render the roles user, assistant: ZeroDivisionError"), ("{", "leaves out what the assistant says")],
+)
+def test_a_template_that_fails_or_shows_no_answer_is_named(template: str, message: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    with pytest.raises(ValueError, match=f"the chat template of .*{message}"):
+        encode_messages(messages, tokenizer)

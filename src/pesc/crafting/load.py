@@ -36,11 +36,12 @@ from pesc.crafting.skeleton import differences_from, skeleton_of
 from pesc.crafting.sources import resolve
 from pesc.storage.checksums import SMALL, check_checksums
 from pesc.storage.compare import TensorDifferences
-from pesc.storage.files import copy_companions
+from pesc.storage.files import copy_companions, refuse_large_text
 from pesc.storage.weights import Weights
 
 Kind = Literal["dense", "crafted", "adapter"]
 RECIPE = "recipe.yaml"
+_MOST_TOKENS = 2**24
 _EXPERTS = re.compile(r"\.(router|experts|moe_adapter)\.")
 
 
@@ -167,7 +168,7 @@ class ModelRef:
 
         Raises:
             FileNotFoundError: the model has none.
-            ValueError: it has no token to pad with.
+            ValueError: it has no token to pad with, or absurd numbers of tokens.
         """
         folder = self.base.folder
         try:
@@ -176,6 +177,9 @@ class ModelRef:
         except Exception as error:  # the package tokenizers raises no narrower class
             reason = " ".join(str(error).split())[:300]
             raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load ({reason})") from error
+        token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+        if number >= _MOST_TOKENS:  # libraries would make room for all numbers below
+            raise ValueError(f"{folder}: the tokenizer's number of {token!r} ({number}) must be below {_MOST_TOKENS}")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
@@ -210,6 +214,7 @@ class ModelRef:
         if self.kind != "adapter":
             return _load_model(self, {"dtype": dtype} | kwargs)
         check_checksums(self.folder)
+        self.base.weights()  # what is no checkpoint at all shows before all of it is hashed
         self.settings.check_base(self.base.folder)
         self.complete_weights()
         model = self.base.load(dtype=dtype, **kwargs)
@@ -250,6 +255,7 @@ def locate(path: str | Path, *, base: str | Path | None = None, pickled: bool = 
     places = (given,) if (given / "config.json").is_file() else (given, given / ADAPTER)
     for folder in places:
         if (folder / ADAPTER_JSON).is_file():
+            refuse_large_text(folder / ADAPTER_JSON)
             check_checksums(folder, SMALL)
             return ModelRef(str(path), folder, "adapter", None if base is None else str(base))
     return _standalone(path, pickled=pickled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
@@ -56,6 +55,8 @@ def encode_messages(
                     "the chat template renders the prompt differently once an answer follows it, so the answer cannot "
                     "be located: use a template that starts an answer with its generation prompt"
                 )
+            if len(text.rstrip()) <= len(prompt) and str(message.get("content") or "").strip():
+                raise ValueError(f"the chat template of {tokenizer.name_or_path} leaves out what the assistant says")
             answers.append((text, (len(prompt), len(text.rstrip()))))
     if all(complete.startswith(text.rstrip()) for text, _ in answers):
         return [_label(complete, [span for _, span in answers], tokenizer)]
@@ -84,8 +85,9 @@ def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, and fails in its own ways
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} cannot render the roles {roles}: {error}"
+            f"the chat template of {tokenizer.name_or_path} cannot render the roles {roles}: "
+            f"{type(error).__name__}: {error}"
         ) from error
