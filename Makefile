@@ -63,7 +63,7 @@ test-peers: .peers/.setup
 		-d .peers/archives $(shell grep -E '^(peft|transformers)==' constraints.txt)
 	mkdir -p .peers/sources
 	for archive in .peers/archives/*.tar.gz; do tar -xzf $$archive -C .peers/sources || exit 1; done
-	touch .peers/sources/transformers-*/tests/__init__.py
+	for tests in .peers/sources/transformers-*/tests; do touch $$tests/__init__.py || exit 1; done
 	touch $@
 
 check: lint docs test test-slow
