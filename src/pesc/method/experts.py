@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.integrations.moe import use_experts_implementation
 
@@ -37,6 +38,16 @@ class Bank(nn.Module):
         setattr(self, self.first_name, nn.Parameter(torch.empty(num_experts, width, hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, adapter_dim))
         self.reset_parameters()
+
+    def __call__(self, hidden_states: torch.Tensor, *choices: torch.Tensor) -> torch.Tensor:
+        """`forward` by weights of the input's dtype.
+
+        They may be float32, so that small steps are not lost in training, and transformers' backends cast nothing.
+        """
+        if self.down_proj.dtype == hidden_states.dtype:
+            return super().__call__(hidden_states, *choices)
+        cast = {name: weight.to(hidden_states.dtype) for name, weight in self.named_parameters()}
+        return functional_call(self, cast, (hidden_states, *choices))
 
     @property
     def first(self) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from pesc.config import LayerConfig
@@ -48,16 +47,8 @@ class CraftedFFN(Extension, nn.Module):
             adapted = F.dropout(adapted, layer.adapter_dropout, self.training)
         if layer.adapter_scaling != 1:
             weights_TK = weights_TK * layer.adapter_scaling
-        delta_TD = _run_experts(self.experts, adapted.reshape(-1, hidden_size), index_TK, weights_TK)
+        delta_TD = self.experts(adapted.reshape(-1, hidden_size), index_TK, weights_TK)
         return shared + delta_TD.view_as(shared)
-
-
-def _run_experts(experts: Experts, adapted_TD: torch.Tensor, *choices: torch.Tensor) -> torch.Tensor:
-    # Weights that train are kept in float32 whatever the model's dtype, and transformers' backends cast nothing.
-    if experts.down_proj.dtype == adapted_TD.dtype:
-        return experts(adapted_TD, *choices)
-    cast = {name: weight.to(adapted_TD.dtype) for name, weight in experts.named_parameters()}
-    return functional_call(experts, cast, (adapted_TD, *choices))
 
 
 def craft_ffn(ffn: nn.Module, layer: LayerConfig, hf_config: Any) -> CraftedFFN:
