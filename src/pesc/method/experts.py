@@ -44,7 +44,8 @@ class Bank(nn.Module):
 
         They may be float32, so that small steps are not lost in training, and transformers' backends cast nothing.
         """
-        if self.down_proj.dtype == hidden_states.dtype:
+        stored = self._parameters.get("down_proj")  # None where a library puts a parametrization in its place
+        if stored is None or stored.dtype == hidden_states.dtype:
             return super().__call__(hidden_states, *choices)
         cast = {name: weight.to(hidden_states.dtype) for name, weight in self.named_parameters()}
         return functional_call(self, cast, (hidden_states, *choices))
