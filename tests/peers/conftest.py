@@ -2,6 +2,7 @@
 
 A class with `crafted = True` runs another project's tests on crafted models; its twin runs them on the dense ones.
 `DIFFERENT` of a file maps tests that crafted models fail on purpose to the reason; one that passes is an error.
+What the dense twin fails here, it fails without us: it is counted, and no error.
 `ELSEWHERE` maps tests that no model can pass here to the reason. Keys are regular expressions of "class::test".
 Cases with a `model_id` run if it is in `RUN`.
 """
@@ -22,6 +23,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for path in {item.path for item in items if item.path.parent == Path(__file__).parent}:
         here = [item for item in items if item.path == path]
         _mark(here, "ELSEWHERE", lambda reason: pytest.mark.skip(reason=f"not here: {reason}"))
+        for item in here:
+            if getattr(item.cls, "crafted", None) is False:
+                item.add_marker(pytest.mark.xfail(strict=False, reason="fails on dense models too"))
         crafted = [item for item in here if getattr(item.cls, "crafted", False)]
         _mark(crafted, "DIFFERENT", lambda reason: pytest.mark.xfail(strict=True, reason=reason))
 

@@ -29,6 +29,7 @@ def test_a_folder_that_another_process_holds_is_refused_until_it_lets_go_or_dies
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=_hold, args=(tmp_path / "run", theirs))
         process.start()
+        theirs.close()  # so that a process that fails ends the wait
         assert ours.recv() == "held"
         message = f"process {process.pid} on .* is at work on .*run: wait for it, or stop it"
         with pytest.raises(BlockingIOError, match=message), locked(tmp_path / "run"):
