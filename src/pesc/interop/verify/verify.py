@@ -112,9 +112,10 @@ def _check_adapter(ref: ModelRef, weights: Weights, report: Report) -> Any:
         return None
     _compare(ref.differences(weights), shapes_in_files(ref.skeleton()), weights, report)
     try:
-        for line in ref.base.differences().lines():  # before all of it is hashed
-            report.add("error", f"its base is not complete: {line}")
+        ref.base.weights()  # what is no checkpoint at all shows before all of it is hashed
         ref.settings.check_base(ref.base.folder)
+        for line in ref.base.differences().lines():
+            report.add("error", f"its base is not complete: {line}")
     except (FileNotFoundError, ValueError) as error:
         report.add("error", str(error))
     return skeleton
