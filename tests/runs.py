@@ -36,7 +36,7 @@ def make_recipe(tmp_path: Path, **changes) -> Recipe:
         "folder": tmp_path / "run",
         "save_steps": 2,
     } | changes
-    values["train"] = str(values["train"])
+    values |= {name: str(values[name]) for name in ("train", "eval") if isinstance(values.get(name), Path)}
 
     def section(settings: Any) -> Any:
         names = [field.name for field in dataclasses.fields(settings) if field.name in values]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,7 @@ def test_the_table_the_lengths_and_the_coloured_tokens(tmp_path: Path) -> None:
             SourceSettings(path=str(write_rows(tmp_path / "rows.jsonl")), weight=2.0),
             SourceSettings(path=str(tmp_path / "text.jsonl")),
         ],
+        eval=str(write_rows(tmp_path / "held.jsonl", 4)),
         on_bad_row="skip",
     )
     console = Console(file=io.StringIO(), width=200, record=True)
@@ -35,4 +37,5 @@ def test_the_table_the_lengths_and_the_coloured_tokens(tmp_path: Path) -> None:
     bars = [line.split() for line in shown.splitlines() if "█" in line]
     assert sum(int(bar[3]) for bar in bars) == 25
     assert "<|im_start|>user\ncount to" in shown
+    assert re.search(r"Held out: held, 4 examples with \d+ tokens to score", shown)
     assert "color: #008000" in page

@@ -13,7 +13,7 @@ import vl_convert
 
 from pesc.report import charts
 from pesc.report.charts import Spec
-from pesc.report.page import make_charts
+from pesc.report.page import held_out_rows, make_charts
 from pesc.report.results import read_metrics
 from studies import DOMAINS, make_results, write_study
 
@@ -23,11 +23,20 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Spec]:
     results = make_results(seed_shifts=(0.0, 0.02))
     folder = write_study(tmp_path_factory.mktemp("charts") / "study", results)
     curves = [(arm, run, read_metrics(folder / run.folder)) for arm, run in results.runs() if run.training]
-    return dict(make_charts(results, curves))
+    return dict(make_charts(results, curves, held_out_rows(folder, curves)))
 
 
 def test_a_study_has_these_charts(drawn: dict[str, Spec]) -> None:
-    assert list(drawn) == ["verdict-0", "loss", "load_entropy", "aux_loss", "load-0", "shift-0", "divergence"]
+    assert list(drawn) == [
+        "verdict-0",
+        "loss",
+        "load_entropy",
+        "aux_loss",
+        "held_out",
+        "load-0",
+        "shift-0",
+        "divergence",
+    ]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

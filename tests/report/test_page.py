@@ -115,7 +115,7 @@ def test_every_trained_arm_has_a_verdict(page: Callable[..., str]) -> None:
 def test_a_dense_study_shows_no_routing(page: Callable[..., str]) -> None:
     results = make_results()
     text = page(replace(results, arms=results.arms[:2]))
-    assert set(shown(text)) == {"loss"}
+    assert set(shown(text)) == {"loss", "held_out"}
     assert "Where the tokens go" not in text
 
 

@@ -272,7 +272,7 @@ def test_data_that_has_changed_since_are_refused(tmp_path: Path, console: Consol
     train(recipe, console)
     with rows.open("a") as data:
         data.write(rows.read_text().splitlines()[0] + "\n")
-    with pytest.raises(ValueError, match=r"data.train has changed since the run in .*run began"):
+    with pytest.raises(ValueError, match=r"the data have changed since the run in .*run began"):
         train(recipe, console)
 
 

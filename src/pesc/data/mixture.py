@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from trl import pack_dataset
 
 from pesc.data.decontaminate import Decontaminator
 from pesc.data.prepare import Encoder, PreparedSource, column, cut_source, prepare_source
-from pesc.data.settings import DataSettings
+from pesc.data.settings import DataSettings, SourceSettings
 from pesc.storage.files import json_sha256, write_text
 
 LEFT_OUT = "left_out.txt"
@@ -33,6 +33,8 @@ class Mixture:
     sources: list[PreparedSource]
     drawn: list[np.ndarray]
     """Of each source, the indices of its examples that are in the mixture, with repeats."""
+    held_out: dict[str, PreparedSource]
+    """What is evaluated on while training, by name."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -42,11 +44,11 @@ class Mixture:
     @property
     def digest(self) -> str:
         """`content_hash` of the data that were encoded."""
-        return json_sha256([source.digest for source in self.sources])
+        return json_sha256([source.digest for source in [*self.sources, *self.held_out.values()]])
 
     def notes(self) -> list[str]:
         """Sentences on what did not become an example as it was."""
-        return [note for source in self.sources for note in _notes(source)]
+        return [note for source in [*self.sources, *self.held_out.values()] for note in _notes(source)]
 
     def rows_of(self, indices: Sequence[int], limit: int = 20) -> str:
         """The rows that some examples were made of, in words; `limit` rows at most.
@@ -71,7 +73,7 @@ class Mixture:
 
     def write_left_out(self, path: Path) -> None:
         """List the rows that are no examples, and those that share words with an evaluation set."""
-        found = [(source.settings.path, source.counts) for source in self.sources]
+        found = [(s.settings.path, s.counts) for s in [*self.sources, *self.held_out.values()]]
         lines = [f"{name}: {line}" for name, counts in found for line in [*counts.faults, *counts.contaminated]]
         write_text(path, "".join(f"{line}\n" for line in lines))
 
@@ -87,13 +89,18 @@ def prepare_mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `prepare_source` does.
-        ValueError: more rows are asked for than a source has, or nothing is left to train on.
+        ValueError: more rows are asked for than a source has, nothing is left to train or to evaluate on, or held-out
+            data are trained on.
     """
     cleaner = Decontaminator(data.decontaminate) if data.decontaminate else None
-    sources = []
-    for source in data.sources:
-        encoder = Encoder(tokenizer, data.max_length, data.truncation, cleaner, source.format)
-        sources.append(prepare_source(source, data, encoder, console))
+
+    def prepare(settings: SourceSettings, cleaner: Decontaminator | None) -> PreparedSource:
+        encoder = Encoder(tokenizer, data.max_length, data.truncation, cleaner, settings.format)
+        return prepare_source(settings, data, encoder, console)
+
+    sources = [prepare(source, cleaner) for source in data.sources]
+    held_out = [prepare(source, None) for source in data.held_out]
+    _refuse_trained(sources, held_out)
     drawn = [_draw(source, f"{seed}, source {number}") for number, source in enumerate(sources)]
     if not sum(map(len, drawn)):
         lost, rows = (sum(getattr(source.counts, name) for source in sources) for name in ("dropped", "rows"))
@@ -107,16 +114,37 @@ def prepare_mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed
     examples = datasets.concatenate_datasets([source.examples for source in sources]).select(order)
     if data.packing:
         examples = _pack(examples, data.max_length)
-    return Mixture(examples, sources, drawn)
+    return Mixture(examples, sources, drawn, _named([_drawn(source, seed) for source in held_out]))
 
 
 def content_hash(data: DataSettings) -> str:
-    """Of the bytes of every source's files.
+    """Of the bytes of every source's files, held-out ones included.
 
     Raises:
         FileNotFoundError: a source is not there.
     """
-    return json_sha256([cut_source(source)[1] for source in data.sources])
+    return json_sha256([cut_source(source)[1] for source in [*data.sources, *data.held_out]])
+
+
+def _refuse_trained(sources: list[PreparedSource], held_out: list[PreparedSource]) -> None:
+    digests = {source.digest for source in sources}
+    if both := [source.settings.path for source in held_out if source.digest in digests]:
+        raise ValueError(f"data.eval: {', '.join(both)} holds what data.train trains on: keep rows apart for it")
+
+
+def _drawn(source: PreparedSource, seed: int) -> PreparedSource:
+    """A held-out source with those of its examples that are drawn."""
+    chosen = _draw(source, f"{seed}, held out")
+    if not len(chosen):
+        raise ValueError(f"data.eval: {source.settings.path} has no example with an answer within data.max_length")
+    return replace(source, examples=source.examples.select(chosen), rows=source.rows[chosen])
+
+
+def _named(sources: list[PreparedSource]) -> dict[str, PreparedSource]:
+    """By the names of their files or folders, or by their paths if several have one name."""
+    paths = [source.settings.path for source in sources]
+    stems = [Path(path).stem for path in paths]
+    return dict(zip(stems if len({*stems}) == len(stems) else paths, sources, strict=True))
 
 
 def _notes(source: PreparedSource) -> Iterator[str]:

@@ -31,6 +31,8 @@ class DataSettings(Settings):
 
     train: str | list[SourceSettings]
     """A file, folder or hub id, as a source's path; or a list of sources."""
+    eval: str | list[SourceSettings] | None = None
+    """Held-out data, written as train is; its loss is measured every training.eval_steps. It is never packed."""
     max_length: Annotated[int, at_least(2)] = 2048
     """Tokens of an example."""
     truncation: Literal["right", "left", "drop"] = "right"
@@ -47,9 +49,18 @@ class DataSettings(Settings):
     @property
     def sources(self) -> list[SourceSettings]:
         """The mixture's sources."""
-        return [SourceSettings(path=self.train)] if isinstance(self.train, str) else self.train
+        return _sources(self.train)
+
+    @property
+    def held_out(self) -> list[SourceSettings]:
+        """The held-out sources."""
+        return _sources(self.eval or [])
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> Iterator[str]:
         if values.get("packing") and values.get("truncation") == "left":
             yield "truncation (left) must be right or drop with packing"
+
+
+def _sources(given: str | list[SourceSettings]) -> list[SourceSettings]:
+    return [SourceSettings(path=given)] if isinstance(given, str) else given

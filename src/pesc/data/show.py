@@ -30,6 +30,9 @@ _EXAMPLES, _EXAMPLE_TOKENS, _BARS, _BAR_WIDTH = 3, 400, 12, 50
 def show_mixture(mixture: Mixture, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     """Print a mixture: its sources, the lengths of its examples, and the first of them with trained tokens coloured."""
     console.print(_sources(mixture))
+    for name, source in mixture.held_out.items():
+        examples, tokens = len(source.examples), column(source.examples, "trained").sum()
+        console.print(Text(f"Held out: {name}, {examples:,} examples with {tokens:,} tokens to score"))
     console.print(_lengths(mixture))
     for index in range(min(_EXAMPLES, len(mixture.examples))):
         console.print(Text(f"\nExample {index + 1}; what is trained on is green", style="bold"))

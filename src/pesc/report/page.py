@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from pesc.report import charts, findings, specialisation
 from pesc.report.charts import Spec
 from pesc.report.findings import Curves
-from pesc.report.results import Arm, ExpertCounts, Results, Run, read_metrics, read_results
+from pesc.report.results import Arm, ExpertCounts, Results, Run, read_evaluations, read_metrics, read_results
 
 PAGE, PICTURES, OVERVIEW = "report.html", "report", "overview"
 
@@ -32,7 +32,7 @@ def write_report(folder: Path) -> Path:
     """
     results = read_results(folder)
     curves = [(arm, run, read_metrics(folder / run.folder)) for arm, run in results.runs() if run.training]
-    drawn = dict(make_charts(results, curves))
+    drawn = dict(make_charts(results, curves, held_out_rows(folder, curves)))
     (folder / PAGE).write_text(render(results, curves, drawn), encoding="utf-8")
     shown = [drawn[name] for name in ("verdict-0", "loss", "load-0") if name in drawn]
     overview = {OVERVIEW: charts.stacked(shown, findings.headline(results))} if shown else {}
@@ -71,7 +71,7 @@ def render(results: Results, curves: Curves, drawn: Mapping[str, Spec]) -> str:
     )
 
 
-def make_charts(results: Results, curves: Curves) -> Iterator[tuple[str, Spec]]:
+def make_charts(results: Results, curves: Curves, held_out: charts.Rows = ()) -> Iterator[tuple[str, Spec]]:
     """Every chart of the page by the id of its place there."""
     arms = [arm.name for arm in results.arms if arm.trained]
     verdicts = _verdicts(results)
@@ -86,6 +86,8 @@ def make_charts(results: Results, curves: Curves) -> Iterator[tuple[str, Spec]]:
     ):
         if rows := _curve_rows(curves, field):
             yield field, charts.curves(rows, arms, name, even)
+    if held_out:
+        yield "held_out", charts.curves(held_out, arms, "held-out loss")
     for index, (_, _, experts) in enumerate(_shown(results)):
         yield from _maps(experts, index)
     routed = [(arm, run, run.experts) for arm, run in results.runs() if run.experts and run.experts.layers]
@@ -116,6 +118,17 @@ def _curve_rows(curves: Curves, field: str) -> list[dict[str, Any]]:
                 numbers = {"tokens": charts.finite(at), "raw": charts.finite(raw), "smooth": charts.finite(smooth)}
                 rows.append({"arm": arm.name, "run": arm.label(run), **numbers})
     return rows
+
+
+def held_out_rows(folder: Path, curves: Curves) -> list[dict[str, Any]]:
+    """A curve for each run and held-out source."""
+    return [
+        {"arm": arm.name, "run": f"{arm.label(run)}, {name}", "tokens": charts.finite(line.tokens)}
+        | dict.fromkeys(("raw", "smooth"), charts.finite(loss))
+        for arm, run, _ in curves
+        for line in read_evaluations(folder / run.folder)
+        for name, loss in line.held_out.items()
+    ]
 
 
 def _shown(results: Results) -> list[tuple[Arm, Run, ExpertCounts]]:

@@ -247,6 +247,15 @@ class Step:
     load_entropy: Number = math.nan
 
 
+@dataclass(frozen=True, config=LENIENT)
+class Evaluation:
+    """A line of metrics.jsonl on held-out data."""
+
+    tokens: Number
+    held_out: dict[str, Number]
+    """The loss of each source, by name."""
+
+
 Metrics = dict[str, np.ndarray]
 """The columns of metrics.jsonl, an entry for each logged step, by the names of `Step`'s fields."""
 
@@ -266,14 +275,25 @@ def read_results(folder: Path) -> Results:
 
 def read_metrics(folder: Path) -> Metrics:
     """The training curves of a run; errors as of `read_results`."""
+    steps = [line for line in _lines(folder) if isinstance(line, Step)]
+    if not steps:
+        raise ValueError(f"{folder / METRICS} must have a line for each logged step, and has none")
+    return {field.name: np.array([getattr(step, field.name) for step in steps]) for field in fields(Step)}
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """What a run measured on held-out data while it trained; errors as of `read_results`."""
+    return [line for line in _lines(folder) if isinstance(line, Evaluation)]
+
+
+def _lines(folder: Path) -> Iterator[Step | Evaluation]:
     path = folder / METRICS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {METRICS}: it is no training run")
-    lines = path.read_bytes().splitlines()
-    steps = [parse(Step, line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not steps:
-        raise ValueError(f"{path} must have a line for each logged step, and has none")
-    return {field.name: np.array([getattr(step, field.name) for step in steps]) for field in fields(Step)}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            name = f"{path}, line {number}"
+            yield parse(Evaluation, line, name) if b'"held_out"' in line else parse(Step, line, name)
 
 
 def parse(kind: type[T], text: bytes, name: str) -> T:

@@ -216,7 +216,7 @@ def _settings(recipe: Recipe | None) -> dict[str, str]:
     """A recipe with dotted names, without what differs from run to run and without places on this machine."""
     if recipe is None:
         return {}
-    left_out = ("output.", "data.train", "model.name", "training.seed")
+    left_out = ("output.", "data.train", "data.eval", "model.name", "training.seed")
     return {key: value for key, value in _flat("", recipe.to_dict()) if not key.startswith(left_out)}
 
 

@@ -29,13 +29,14 @@ class MetricsWriter(TrainerCallback):
     tokens_per_second; elapsed (seconds, over interruptions); and for crafted models aux_loss (eq. 10 summed over
     layers, without its weight) and load_entropy (see `pesc.method.routing.load_entropy`), and every
     `pesc.training.health.WINDOW` steps collapsed_layers and dead_experts (see `pesc.training.health.starved`).
+    An evaluation appends a line of its own: step; tokens; held_out, the loss of each held-out source by name.
     """
 
     def __init__(self, path: Path, console: Console, label: str) -> None:
         self.path = path
         self.console = console
         self.label = label
-        self.last = [_NOTHING_YET, *self._lines()][-1]
+        self.last = _last_step(self._lines())
         self.progress: Progress | None = None
         self._told: set[str] = set()
 
@@ -45,7 +46,7 @@ class MetricsWriter(TrainerCallback):
         """Start to show progress; drop lines of steps after the checkpoint that the run resumes from."""
         kept = [line for line in self._lines() if line["step"] <= state.global_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.last = [_NOTHING_YET, *kept][-1]
+        self.last = _last_step(kept)
         self.before, self.tokens_before = self.last["elapsed"], self.last["tokens"]
         self.start = self.step_start = time.perf_counter()
         self.progress = Progress(
@@ -64,17 +65,31 @@ class MetricsWriter(TrainerCallback):
         if not logs or "loss" not in logs or self.progress is None:
             return
         line = self._line(state.global_step, logs)
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            if control.should_save:  # a checkpoint must not outlive the lines up to its step
-                os.fsync(stream.fileno())
+        self._append(line, sync=control.should_save)
         self.last = line
         self._warn(line)
         status = f"loss {line['loss']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
         if "load_entropy" in line:
             status += f"  load entropy {line['load_entropy']:.3f}"
         self.progress.update(state.global_step, status)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Write and show the losses of held-out data."""
+        losses = {key.removeprefix("eval_").removesuffix("_loss"): loss for key, loss in metrics.items()}
+        mean = losses.pop("loss")
+        self._append({"step": state.global_step, "tokens": self.last["tokens"], "held_out": losses}, sync=True)
+        named = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        best = ", the lowest so far" if state.best_global_step == state.global_step else ""
+        message = f"step {state.global_step}: held-out loss {mean:.4f}{best} ({named})"
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self.step_start = time.perf_counter()
 
     def summary(self) -> dict[str, Any]:
         """Steps, tokens and seconds of the run so far."""
@@ -84,6 +99,14 @@ class MetricsWriter(TrainerCallback):
         """Show no more progress, also after an interruption."""
         if self.progress is not None:
             self.progress.stop()
+
+    def _append(self, line: dict[str, Any], *, sync: bool) -> None:
+        """Write a line; `sync` it if a checkpoint follows, which must not outlive the lines up to its step."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
 
     def _warn(self, line: dict[str, Any]) -> None:
         """Name the layers and experts that routing starves, each once."""
@@ -119,6 +142,10 @@ class MetricsWriter(TrainerCallback):
             with suppress(json.JSONDecodeError):  # an interruption may have cut the last line
                 lines.append(json.loads(text))
         return lines
+
+
+def _last_step(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return [_NOTHING_YET, *(line for line in lines if "loss" in line)][-1]
 
 
 class Stopped(KeyboardInterrupt):

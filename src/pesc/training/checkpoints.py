@@ -24,7 +24,7 @@ class AdapterCheckpoints(Trainer):
     """Where the parent class writes the checkpoint in progress."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As the parent class, in a folder that gets its name when it is complete; then removes the oldest ones."""
+        """As the parent class, in a folder that gets its name when it is complete; then removes old ones."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_folder(folder) as partial:
             self._stage = partial.parent
@@ -32,8 +32,10 @@ class AdapterCheckpoints(Trainer):
             write_json(partial / DIGESTS, _digests(partial))
         if self.args.save_total_limit:
             # The oldest by their steps: the parent class goes by the clock, which may have jumped.
+            best = f"{_PREFIX}{self.state.best_global_step}"
             for old in _checkpoints(folder.parent)[: -self.args.save_total_limit]:
-                shutil.rmtree(old)
+                if old.name != best:
+                    shutil.rmtree(old)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage or self.args.output_dir)
@@ -53,18 +55,21 @@ class AdapterCheckpoints(Trainer):
 def last_checkpoint(folder: Path, console: Console) -> Path | None:
     """The newest intact checkpoint in a folder, or None. Newer ones that are damaged are named and removed."""
     for checkpoint in reversed(_checkpoints(folder)):
-        try:
-            written, found = read_json(checkpoint / DIGESTS), _digests(checkpoint)
-        except (FileNotFoundError, ValueError) as error:
-            fault = str(error)
-        else:
-            damaged = sorted(name for name in written if written[name] != found.get(name))
-            if not damaged:
-                return checkpoint
-            fault = f"not as it was written: {', '.join(damaged)}"
+        if (fault := fault_of(checkpoint)) is None:
+            return checkpoint
         console.print(f"removed a damaged checkpoint, {checkpoint}: {fault}", highlight=False, markup=False)
         shutil.rmtree(checkpoint)
     return None
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are as they were written."""
+    try:
+        written, found = read_json(checkpoint / DIGESTS), _digests(checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    damaged = sorted(name for name in written if written[name] != found.get(name))
+    return f"not as it was written: {', '.join(damaged)}" if damaged else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -93,8 +93,17 @@ class TrainingSettings(Settings):
     """Gradient clipping."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    eval_steps: Annotated[int | None, at_least(1)] = None
+    """Steps between evaluations on data.eval. The adapter becomes that of the evaluation with the lowest loss."""
+    early_stopping_patience: Annotated[int | None, at_least(1)] = None
+    """Evaluations without a lower loss after which training ends; null means that it goes on."""
     seed: Annotated[int, at_least(0), below(2**32)] = 0
     """Of initial values, order of the data, and dropout."""
+
+    @staticmethod
+    def conflicts(values: dict[str, Any]) -> Iterator[str]:
+        if values.get("early_stopping_patience") is not None and values.get("eval_steps", ...) is None:
+            yield "early_stopping_patience needs eval_steps, and data.eval to evaluate on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +151,11 @@ class Recipe(Settings):
     def conflicts(values: dict[str, Any]) -> Iterator[str]:
         if values.get("pesc", ...) is values.get("lora", ...) is None:
             yield "pesc and lora are both null, so nothing would train"
+        data, training = (_values(values.get(section)) for section in ("data", "training"))
+        if data.get("eval") is not None and training.get("eval_steps") is None:
+            yield "data.eval needs training.eval_steps: how often to evaluate"
+        if data.get("eval") is None and training.get("eval_steps") is not None:
+            yield f"training.eval_steps ({training['eval_steps']}) needs data.eval: what to evaluate on"
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
@@ -177,6 +191,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _values(section: Any) -> dict[str, Any]:
+    return section if isinstance(section, dict) else vars(section) if section else {}
+
+
 class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, as YAML 1.2 does, and 2026-11-24 as text."""
 
@@ -210,7 +228,9 @@ def differences(recipe: Recipe, other: Recipe) -> list[str]:
 def _what_counts(recipe: Recipe) -> dict[str, Any]:
     values = recipe.to_dict()
     del values["output"], values["training"]["gradient_checkpointing"]
-    values["data"]["train"] = [source.to_dict() | {"path": ""} for source in recipe.data.sources]
+    data = recipe.data
+    for name, sources in (("train", data.sources), ("eval", data.held_out)):
+        values["data"][name] = [source.to_dict() | {"path": ""} for source in sources]
     if (folder := Path(recipe.model.name).expanduser()).exists():
         values["model"]["name"] = str(folder.resolve())
     return values

@@ -28,8 +28,9 @@ from pesc.machine.quiet import quiet_libraries
 from pesc.storage.files import write_json, write_text
 from pesc.storage.lock import locked, refuse_vanished
 from pesc.training.callbacks import METRICS, MetricsWriter, StopAtSignal, Stopped
-from pesc.training.checkpoints import last_checkpoint
+from pesc.training.checkpoints import fault_of, last_checkpoint
 from pesc.training.health import NotFiniteError, movement, starting_point, tell_movement
+from pesc.training.held_out import patience_is_over
 from pesc.training.quantization import quantization_options
 from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
@@ -88,17 +89,18 @@ def _train(recipe: Recipe, console: Console, label: str) -> None:
         start = starting_point(model)
         try:
             with measure_peak_memory() as peak:
-                last = _train_or_resume(trainer, run / CHECKPOINTS, console)
+                state = _train_or_resume(trainer, run / CHECKPOINTS, console)
         except NotFiniteError as error:
             raise ValueError(_way_out(error, mixture, last_checkpoint(run / CHECKPOINTS, console))) from error
         finally:
             writer.stop()
-    moved = movement(start, last / ADAPTER)
-    if moved:
+    best = _best_checkpoint(state, run / CHECKPOINTS, console)
+    if moved := movement(start, best / ADAPTER):
         console.print(tell_movement(moved), highlight=False, markup=False)
-    write_json(run / SUMMARY, {**writer.summary(), "peak_memory_gb": peak.gigabytes, "moved": moved})
+    summary = {**writer.summary(), "peak_memory_gb": peak.gigabytes, "moved": moved}
+    write_json(run / SUMMARY, summary | {"best_step": state.best_global_step, "best_held_out_loss": state.best_metric})
     refuse_vanished(run)
-    (last / ADAPTER).rename(run / ADAPTER)
+    (best / ADAPTER).rename(run / ADAPTER)
 
 
 def prepare_data(recipe: Recipe, console: Console) -> tuple[Mixture, PreTrainedTokenizerBase]:
@@ -148,12 +150,14 @@ def _build_trainer(
         model,
         args=_arguments(recipe),
         train_dataset=mixture.examples,
+        eval_dataset={name: source.examples for name, source in mixture.held_out.items()} or None,
         processing_class=tokenizer,
         callbacks=[writer],
         router_learning_rate=training.router_learning_rate,
         experts_learning_rate=training.experts_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.early_stopping_patience = training.early_stopping_patience
     return trainer
 
 
@@ -162,13 +166,13 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) -> Path:
-    """The checkpoint of the last step."""
+def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) -> TrainerState:
+    """The state at the end."""
     checkpoint = last_checkpoint(checkpoints, console)
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step >= state.max_steps:
-            return checkpoint
+        if state.global_step >= state.max_steps or patience_is_over(state, trainer.early_stopping_patience):
+            return state
     with StopAtSignal() as stop:
         trainer.add_callback(stop)
         try:
@@ -182,7 +186,23 @@ def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) 
     if stop.received is not None:
         message = f"stopped after step {state.global_step} of {state.max_steps}: the same command goes on from there"
         raise Stopped(message, stop.received)
-    return checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return state
+
+
+def _best_checkpoint(state: TrainerState, checkpoints: Path, console: Console) -> Path:
+    """The one with the lowest held-out loss; without evaluations the last one."""
+    best = checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step or state.global_step}"
+    if state.best_global_step:
+        if fault := fault_of(best):
+            raise ValueError(f"{best}, the best of the run, is damaged ({fault}): remove {checkpoints}, and try again")
+        early = f"stopped early after step {state.global_step} of {state.max_steps}; "
+        console.print(
+            f"{early if state.global_step < state.max_steps else ''}the adapter is that of step "
+            f"{state.best_global_step}, with the lowest held-out loss: {state.best_metric:.4f}",
+            highlight=False,
+            markup=False,
+        )
+    return best
 
 
 def _way_out(error: NotFiniteError, mixture: Mixture, checkpoint: Path | None) -> str:
@@ -223,7 +243,7 @@ def _refuse_other_data(recipe: Recipe) -> None:
         return
     if changed:
         raise ValueError(
-            f"data.train has changed since the run in {run} began: choose another output.folder, or remove that folder"
+            f"the data have changed since the run in {run} began: choose another output.folder, or remove that folder"
         )
 
 
@@ -252,6 +272,9 @@ def _arguments(recipe: Recipe) -> SFTConfig:
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused where there is no GPU
         logging_steps=1,
         logging_nan_inf_filter=False,
+        eval_strategy="steps" if training.eval_steps else "no",
+        eval_steps=training.eval_steps,
+        per_device_eval_batch_size=training.batch_size,
         save_steps=recipe.output.save_steps,
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),

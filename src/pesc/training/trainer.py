@@ -16,6 +16,7 @@ from pesc.machine.allocator import release_where_scarce
 from pesc.method.routing import Routing, load_entropy
 from pesc.training.checkpoints import AdapterCheckpoints
 from pesc.training.health import WINDOW, FiniteSteps, starved
+from pesc.training.held_out import HeldOutLoss
 from pesc.training.loss import summed_loss
 from pesc.training.sampler import LengthGroupedSampler
 
@@ -98,7 +99,7 @@ class LabelledPositions(Trainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
 
-class PescTrainer(FiniteSteps, RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrainer):
+class PescTrainer(HeldOutLoss, FiniteSteps, RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrainer):
     """Trains crafted models, and dense ones with LoRA, the same way.
 
     Args:
