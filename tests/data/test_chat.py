@@ -89,7 +89,10 @@ def test_plain_text_is_trained_on_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [("{{ 1 / 0 }}", "cannot render the roles user, assistant: ZeroDivisionError"), ("{", "leaves out what the assistant says")],
+    [
+        ("{{ 1 / 0 }}", "cannot render the roles user, assistant: ZeroDivisionError"),
+        ("{", "leaves out what the assistant says"),
+    ],
 )
 def test_a_template_that_fails_or_shows_no_answer_is_named(template: str, message: str) -> None:
     tokenizer = tiny_tokenizer()
