@@ -83,7 +83,7 @@ def craft(
 
 
 @app.command
-def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=False)]) -> None:
+def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=False)], quiet: bool = False) -> None:
     """Tune a model by a recipe. The same command resumes an interrupted run from its last checkpoint.
 
     Example: `pesc train recipes/demo.yaml lora.r=8 pesc.num_experts=4 output.folder=runs/small`
@@ -94,13 +94,17 @@ def train(recipe: Path, *changes: Annotated[str, Parameter(allow_leading_hyphen=
         YAML file. The folder recipes/ holds commented ones.
     changes
         Changes to the recipe, written section.key=value. pesc=null trains the dense model.
+    quiet
+        Print errors and the last lines alone.
     """
+    from rich.console import Console
+
     from pesc.training.recipe import load_recipe
     from pesc.training.train import train as run
 
-    loaded, console = load_recipe(recipe, changes), _console()
-    folder = run(loaded, console).parent
-    console.print(f"Next:   pesc chat {folder}\n        pesc info {folder}", highlight=False, markup=False)
+    folder = run(load_recipe(recipe, changes), Console(quiet=quiet)).parent
+    lines = f"Next:   pesc chat {folder}\n        pesc info {folder}"
+    _console().print(lines, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command

@@ -7,11 +7,23 @@ from typing import Any
 
 import yaml
 
+from pesc.crafting.adapter import ADAPTER_JSON
 from pesc.crafting.load import RECIPE, ModelRef
 from pesc.interop.places import is_hub_id, public_name, public_recipe, public_results
 from pesc.report.results import RESULTS, Results, read_results, to_json
 
 CARD = "README.md"
+_ADAPTER_ALONE = "This folder holds what was tuned alone: routers and experts, and LoRA if it had some."
+_USE_ADAPTER = """## Use
+
+```python
+import pesc
+
+model = pesc.load("path/of/this/folder")  # with its base, which it names; base="a/folder" if that has moved
+tokenizer = pesc.load_tokenizer("path/of/this/folder")
+```
+
+Or, in a terminal: `pesc chat path/of/this/folder`."""
 _USE = """## Use
 
 ```python
@@ -35,7 +47,7 @@ def write_card(target: Path, ref: ModelRef) -> None:
     """Write README.md into an exported folder, named after it; and the run's recipe and results, if they are there.
 
     Args:
-        target: the folder.
+        target: the folder; if it holds an adapter, the card is the adapter's.
         ref: the model.
 
     Raises:
@@ -48,18 +60,21 @@ def write_card(target: Path, ref: ModelRef) -> None:
         (target / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     if results:
         (target / RESULTS).write_text(to_json(results), encoding="utf-8")
+    folded = not (target / ADAPTER_JSON).is_file()
     matter = _matter(base, ref.base.folder, crafted=ref.pesc_config is not None)
+    if not folded:
+        matter |= {"library_name": "pesc"}
     family = getattr(ref.config, "base_model_type", None) or ref.config.model_type
     shown = matter.get("base_model") or base or f"a dense {family} model"
     sections = [
         f"---\n{yaml.safe_dump(matter, sort_keys=False)}---",
         f"# {target.name}",
-        _what(ref, shown),
-        _USE,
+        _what(ref, shown, folded=folded),
+        _USE if folded else _USE_ADAPTER,
         _training(recipe, results),
         _results(results),
         _intended_use(shown),
-        _licence(licence_of(ref.base.folder)),
+        _licence(licence_of(ref.base.folder), folded=folded),
     ]
     (target / CARD).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
@@ -99,10 +114,11 @@ def _yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _what(ref: ModelRef, base: str) -> str:
+def _what(ref: ModelRef, base: str, *, folded: bool) -> str:
     pesc_config = ref.pesc_config
+    lora = "which is folded into the weights" if folded else "which this folder holds, without its base"
     if pesc_config is None:
-        return f"Made from {base}: tuned with LoRA, which is folded into the weights."
+        return f"Made from {base}: tuned with LoRA, {lora}."
     layers = "every layer" if pesc_config.layers is None else f"layers {pesc_config.layers}"
     rows = {
         "experts in a layer, of these for each token": f"{pesc_config.num_experts}, {pesc_config.num_experts_per_tok}",
@@ -113,8 +129,10 @@ def _what(ref: ModelRef, base: str) -> str:
     }
     return (
         f"A mixture of experts made from {base} by parameter-efficient sparsity crafting (PESC, arXiv 2401.02731): all "
-        "experts of a layer share the dense FFN and differ in a small adapter. LoRA, if it had some, is folded "
-        "into the weights.\n\n" + _table(["setting", "value"], [[key, value] for key, value in rows.items()])
+        "experts of a layer share the dense FFN and differ in a small adapter. "
+        + ("LoRA, if it had some, is folded into the weights." if folded else _ADAPTER_ALONE)
+        + "\n\n"
+        + _table(["setting", "value"], [[key, value] for key, value in rows.items()])
     )
 
 
@@ -148,9 +166,10 @@ def _intended_use(base: str) -> str:
     )
 
 
-def _licence(licence: str | None) -> str:
+def _licence(licence: str | None, *, folded: bool) -> str:
     if licence:
-        return f"## Licence\n\nThe base's: {licence}. Its files, if it had some, lie in this folder."
+        files = " Its files, if it had some, lie in this folder." if folded else ""
+        return f"## Licence\n\nThe base's: {licence}.{files}"
     return (
         "## Licence\n\nThe base's, whose card was not found beside its weights: look it up, and write it into the "
         "first lines of this file, before you share the model."

@@ -64,6 +64,29 @@ def download_data(dataset: str) -> Path:
     return _snapshot(dataset, _DATA, "give a file, a folder, or a dataset's hub id such as org/name", "dataset")
 
 
+def upload(folder: Path, name: str) -> str:
+    """Put a folder's files into a hub's model repository; one that is not there is made, private.
+
+    Args:
+        folder: what to upload.
+        name: of the repository, such as org/name.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        OSError: the hub did not take it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        address = HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by pesc")
+    except Exception as error:  # of the network, the hub, or the one who asks: many classes, as for a download
+        raise OSError(f"{name}: the hub did not take it ({str(error).splitlines()[0]})") from error
+    return str(address)
+
+
 def _snapshot(name: str, patterns: list[str], way_out: str, kind: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

@@ -13,7 +13,8 @@ import yaml
 from pesc.config import PescConfig
 from pesc.crafting.embedded import EMBEDDED
 from pesc.data.settings import DataSettings
-from pesc.rules import Settings, above, at_least, below
+from pesc.interop.places import is_hub_id
+from pesc.rules import Rule, Settings, above, at_least, below
 from pesc.storage.files import write_text
 
 Scheduler = Literal[
@@ -35,6 +36,23 @@ Optimizer = Literal[
     "sgd",
 ]
 """transformers' names; those that need no package but bitsandbytes, and no settings of their own."""
+
+Reporter = Literal[
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+"""transformers' names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +132,10 @@ class OutputSettings(Settings):
     """Folder of the run: adapter, metrics, checkpoints."""
     save_steps: Annotated[int, at_least(1)] = 500
     """Steps between checkpoints; an interrupted run resumes from the last."""
+    report_to: list[Reporter] | None = None
+    """Programs to log to besides metrics.jsonl. TensorBoard's files go into the folder's logs/."""
+    push_to_hub: Annotated[str | None, Rule("such as org/name", is_hub_id)] = None
+    """Hub id to upload the adapter to, with a model card, once it is complete. A new repository is private."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState, set_seed
+from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
@@ -22,6 +23,7 @@ from pesc.crafting.lora import add_lora, train_experts
 from pesc.crafting.surgery import crafted_ffns
 from pesc.data.mixture import LEFT_OUT, Mixture, content_hash, prepare_mixture
 from pesc.data.templates import set_chat_template
+from pesc.interop.push import push_adapter
 from pesc.machine.allocator import keep_freed_memory
 from pesc.machine.memory import measure_peak_memory
 from pesc.machine.quiet import quiet_libraries
@@ -36,13 +38,14 @@ from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
 from pesc.training.trainer import PescTrainer
 
 SUMMARY, DATA_DIGEST, CHECKPOINTS = "summary.json", "train_data.sha256", "checkpoints"
+LOGS = "logs"
 
 
 def train(recipe: Recipe, console: Console | None = None, label: str = "train") -> Path:
     """Run a recipe, or the rest of it if it was interrupted.
 
     The run's folder gets recipe.yaml, train_data.sha256, left_out.txt, metrics.jsonl, checkpoints/ while it runs, and
-    summary.json and adapter/ at its end.
+    summary.json and adapter/ at its end. A complete run is pushed to the hub, if the recipe says so.
 
     Args:
         recipe: the run.
@@ -57,6 +60,7 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
         FileNotFoundError, ValueError: for a model or data that is not there or not complete, and for an output folder
             that holds a run of another recipe or other data.
         ValueError: a loss or a gradient is not finite; it names the step, its examples and the last checkpoint.
+        OSError: the hub did not take the adapter, which is complete; the same run tries again.
         Stopped: Ctrl-C or SIGTERM came while it trained; the same run goes on from the step that was in progress.
     """
     console = console or Console()
@@ -71,11 +75,23 @@ def train(recipe: Recipe, console: Console | None = None, label: str = "train") 
     # Needed no more; also what a killed process left of them. The folder may be read-only.
     with suppress(OSError), locked(run):
         shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    if recipe.output.push_to_hub:
+        _push(run, recipe.output.push_to_hub, console)
     return run / ADAPTER
+
+
+def _push(run: Path, name: str, console: Console) -> None:
+    try:
+        with quiet_libraries():
+            address = push_adapter(run, name)
+    except OSError as error:
+        raise OSError(f"{run} holds the complete run, but {error}: the same command tries again") from error
+    console.print(f"pushed the adapter to {address}", highlight=False, markup=False)
 
 
 def _train(recipe: Recipe, console: Console, label: str) -> None:
     run = recipe.output.folder
+    _refuse_absent_reporters(recipe)
     keep_freed_memory()
     mixture, tokenizer = prepare_data(recipe, console)
     with quiet_libraries():
@@ -157,6 +173,9 @@ def _build_trainer(
         experts_learning_rate=training.experts_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):  # by default beside the checkpoints, which do not last
+            callback.logging_dir = str(recipe.output.folder / LOGS)
     trainer.early_stopping_patience = training.early_stopping_patience
     return trainer
 
@@ -212,6 +231,12 @@ def _way_out(error: NotFiniteError, mixture: Mixture, checkpoint: Path | None) -
         f"goes on from {last} and meets step {error.step} again: look at these rows, or choose another output.folder "
         "and a lower training.learning_rate"
     )
+
+
+def _refuse_absent_reporters(recipe: Recipe) -> None:
+    absent = set(recipe.output.report_to or []) - set(get_available_reporting_integrations())
+    if absent:
+        raise ValueError(f"output.report_to ({', '.join(sorted(absent))}) must be installed, or left out")
 
 
 def _refuse_another_recipe(recipe: Recipe) -> None:
@@ -279,7 +304,8 @@ def _arguments(recipe: Recipe) -> SFTConfig:
         save_total_limit=2,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to="none",
+        report_to=recipe.output.report_to or "none",
+        run_name=recipe.output.folder.name,
         seed=training.seed,
         data_seed=training.seed,
     )
