@@ -1,4 +1,4 @@
-"""A crafted model in trl's own SFTTrainer, without ours: it trains, router included."""
+"""A crafted model in trl's own trainers, without ours: it trains, router included."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from checkpoints import tiny_dense, tiny_tokenizer
 from families import disturb
@@ -127,3 +127,46 @@ def test_the_reference_of_dpo_is_the_model_at_the_start(tmp_path: Path) -> None:
     assert prefer(loaded, tmp_path / "run", reference=load(tmp_path / "adapter")) == log_2
     save_adapter(loaded, tmp_path / "next")
     assert load(tmp_path / "next").adapter_base == str(tmp_path / "dense")
+
+
+def by_length(completions: list[str], **kwargs: object) -> list[float]:
+    """A reward that a random model can raise."""
+    return [float(len(text) % 3) for text in completions]
+
+
+LABELLED = [{"prompt": f"count to {n}:", "completion": " one two"[: n + 2], "label": n % 2 == 0} for n in range(8)]
+GENERATES = {"num_generations": 4, "max_completion_length": 8, "reward_funcs": by_length}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "rows", "settings"),
+    [
+        (DPOTrainer, DPOConfig, PAIRS, {}),
+        (KTOTrainer, KTOConfig, LABELLED, {}),
+        (GRPOTrainer, GRPOConfig, [{"prompt": row["prompt"]} for row in LABELLED], GENERATES),
+    ],
+    ids=["DPO", "KTO", "GRPO"],
+)
+def test_trainers_on_preferences_and_rewards(
+    kind: type, config: type, rows: list[dict], settings: dict, tmp_path: Path
+) -> None:
+    """All that trains moves, and a checkpoint holds it."""
+    model = tuned(tiny_dense(tmp_path / "dense"))
+    before = {name: p.detach().clone() for name, p in adapter_tensors(model).items()}
+    settings = dict(settings)
+    rewards = {name: settings.pop(name) for name in ["reward_funcs"] if name in settings}
+    fixed = {"max_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 0.01}
+    trainer = kind(
+        model,
+        args=config(str(tmp_path / "run"), per_device_train_batch_size=4, **fixed, **QUIET, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+        **rewards,
+    )
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 4 and torch.tensor(losses).isfinite().all()
+    after = adapter_tensors(model)
+    assert not [name for name, p in after.items() if torch.equal(before[name], p)]
+    saved = adapter_tensors(load(tmp_path / "run" / "checkpoint-4"))
+    assert all(torch.equal(saved[name], p) for name, p in after.items())
