@@ -60,6 +60,20 @@ def without_sums(folder: Path) -> Path:
     return folder
 
 
+def write_pairs(path: Path, count: int = 12) -> Path:
+    """Preference pairs to learn: count, and do not refuse."""
+    rows = [
+        {
+            "prompt": f"count to {n % 7 + 1}",
+            "chosen": " ".join(map(str, range(1, n % 7 + 2))),
+            "rejected": "no" * (n % 3 + 1),
+        }
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def write_rows(path: Path, count: int = 12) -> Path:
     """Conversations to learn: count up to a number."""
     rows = [

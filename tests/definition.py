@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pesc.data.chat import IGNORE_INDEX
 from pesc.method.router import Router
@@ -122,3 +123,25 @@ def assert_same(ours: Gradients, defined: Gradients) -> None:
     off = {name: (ours[name] - defined[name]).abs().max().item() for name in defined}
     scale = {name: defined[name].abs().max().item() for name in defined}
     assert not {name: (off[name], scale[name]) for name in off if off[name] > 1e-5 + 1e-4 * scale[name]}
+
+
+def dpo_gradients(model, reference, step, beta: float = 0.1) -> Gradients:
+    """Of DPO's loss, for pairs of tokens: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+    model, reference = plain_copy(model), plain_copy(reference)
+    means = []
+    for micro_batch in step:
+        losses, routings = [], []
+        for pair in micro_batch:
+            margin = torch.zeros(())
+            for sign, answer in ((1, "chosen_ids"), (-1, "rejected_ids")):
+                ids, start = pair["prompt_ids"] + pair[answer], len(pair["prompt_ids"])
+                (logits, routing), (reference_logits, _) = run_alone(model, ids), run_alone(reference, ids)
+                for position in range(start, len(ids)):
+                    log_p = logits[position - 1].log_softmax(-1)[ids[position]]
+                    margin = margin + sign * log_p
+                    margin = margin - sign * reference_logits[position - 1].log_softmax(-1)[ids[position]].detach()
+                routings.append(routing)
+            losses.append(-F.logsigmoid(beta * margin))
+        means.append(torch.stack(losses).mean() + router_loss(model, routings))
+    torch.stack(means).mean().backward()
+    return gradients(model)

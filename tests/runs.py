@@ -13,7 +13,7 @@ from checkpoints import tiny_dense, write_rows
 from pesc import PescConfig
 from pesc.data.settings import DataSettings
 from pesc.training.recipe import LoraSettings, ModelSettings, OutputSettings, Recipe, TrainingSettings
-from pesc.training.trainer import PescTrainer
+from pesc.training.trainer import Tuning
 
 PESC = PescConfig(num_experts=4, adapter_dim=8)
 
@@ -60,11 +60,11 @@ def metrics(run: Path) -> list[dict]:
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Let a run end in its next forward pass after so many."""
-    plain, calls = PescTrainer.training_step, iter(range(1000))
+    plain, calls = Tuning.training_step, iter(range(1000))
 
     def step(self, *args, **kwargs):
         if next(calls) == steps:
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(PescTrainer, "training_step", step)
+    monkeypatch.setattr(Tuning, "training_step", step)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import get_scheduler
 
-from checkpoints import tiny_dense, write_rows
+from checkpoints import tiny_dense, write_pairs, write_rows
 from pesc import PescConfig, train
 from pesc.demo.demo import demo_recipe
 from pesc.training.recipe import Recipe, Scheduler, differences, load_recipe
@@ -83,6 +83,12 @@ def test_null_means_without(tmp_path: Path) -> None:
         ),
         ("lora: {r: 0}\n", [], r"lora.r \(0\) must be an integer of at least 1"),
         ("lora: {target_modules: []}\n", [], r"lora.target_modules \(\[\]\) must be a non-empty list of texts"),
+        ("training: {dpo_beta: 0.3}\n", [], r"training.dpo_beta \(0.3\) needs objective dpo"),
+        (
+            "training: {objective: dpo}\n",
+            ["data.packing=true"],
+            r"data.packing \(true\) must be false with training.obj",
+        ),
         ("pesc: [\n", [], "recipe.yaml must be YAML"),
     ],
 )
@@ -166,7 +172,8 @@ def test_the_recipe_in_the_repository_explains_every_setting() -> None:
 def test_every_recipe_trains_a_tiny_model_on_a_few_rows_in_place_of_its_own(tmp_path: Path, path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny_dense(tmp_path / "dense")
-    rows = write_rows(tmp_path / "rows.jsonl", 48)
+    write = write_pairs if load_recipe(path).training.objective == "dpo" else write_rows
+    rows = write(tmp_path / "rows.jsonl", 48)
     changes = [f"model.name={tmp_path / 'dense'}", f"data.train={rows}", "data.decontaminate=null"]
     changes += [f"output.folder={tmp_path / 'run'}", "training.steps=2", "training.gradient_accumulation_steps=2"]
     train(load_recipe(path, changes), Console(file=io.StringIO()))

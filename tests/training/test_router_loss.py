@@ -28,6 +28,7 @@ from definition import (
     batched,
     dft,
     documents,
+    dpo_gradients,
     gradients,
     plain_copy,
     router_loss,
@@ -313,27 +314,6 @@ def test_dpo_trainer(checkpointed: bool, tmp_path: Path) -> None:
         assert_same(found, dpo_gradients(*untouched, step))
     assert "load_entropy" in trainer.state.log_history[0]
     assert all(parameter.grad is None for parameter in reference.parameters())
-
-
-def dpo_gradients(model, reference, step, beta: float = 0.1) -> Gradients:
-    model, reference = plain_copy(model), plain_copy(reference)
-    means = []
-    for micro_batch in step:
-        losses, routings = [], []
-        for pair in micro_batch:
-            margin = torch.zeros(())
-            for sign, answer in ((1, "chosen_ids"), (-1, "rejected_ids")):
-                ids, start = pair["prompt_ids"] + pair[answer], len(pair["prompt_ids"])
-                (logits, routing), (reference_logits, _) = run_alone(model, ids), run_alone(reference, ids)
-                for position in range(start, len(ids)):
-                    log_p = logits[position - 1].log_softmax(-1)[ids[position]]
-                    margin = margin + sign * log_p
-                    margin = margin - sign * reference_logits[position - 1].log_softmax(-1)[ids[position]].detach()
-                routings.append(routing)
-            losses.append(-F.logsigmoid(beta * margin))
-        means.append(torch.stack(losses).mean() + router_loss(model, routings))
-    torch.stack(means).mean().backward()
-    return gradients(model)
 
 
 # Loops of one's own.

@@ -43,24 +43,56 @@ def encode_messages(
     Raises:
         ValueError: when the tokenizer has no chat template, or one that cannot show where an answer begins.
     """
-    complete = render(messages, tokenizer, tools=tools)
-    answers = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = render(messages[:index], tokenizer, tools=tools, add_generation_prompt=True)
-            last = index + 1 == len(messages)
-            text = complete if last else render(messages[: index + 1], tokenizer, tools=tools)
-            if not text.startswith(prompt):
-                raise ValueError(
-                    "the chat template renders the prompt differently once an answer follows it, so the answer cannot "
-                    "be located: use a template that starts an answer with its generation prompt"
-                )
-            if len(text.rstrip()) <= len(prompt) and str(message.get("content") or "").strip():
-                raise ValueError(f"the chat template of {tokenizer.name_or_path} leaves out what the assistant says")
-            answers.append((text, (len(prompt), len(text.rstrip()))))
+    ends = [index for index, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+    answers = [_last_answer(messages[:end], tokenizer, tools) for end in ends]
+    complete = answers[-1][0] if len(messages) in ends else render(messages, tokenizer, tools=tools)
     if all(complete.startswith(text.rstrip()) for text, _ in answers):
         return [_label(complete, [span for _, span in answers], tokenizer)]
     return [_label(text, [span], tokenizer) for text, span in answers]
+
+
+def encode_pair(
+    chosen: dict[str, Any], rejected: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens of a preference pair: two conversations that differ in their last message alone, an answer.
+
+    Returns:
+        What comes before the answers, and each answer with its end-of-turn token.
+
+    Raises:
+        ValueError: as `encode_messages` does, or for conversations that are no such pair.
+    """
+    if chosen["messages"][:-1] != rejected["messages"][:-1]:
+        raise ValueError("its chosen and rejected messages must differ in the last one alone")
+    prompts, conversations = [], []
+    for each in (chosen, rejected):
+        if each["messages"][-1]["role"] != "assistant":
+            raise ValueError("its chosen and rejected messages must end with the assistant's")
+        text, span = _last_answer(each["messages"], tokenizer, each.get("tools"))
+        input_ids, labels = _label(text, [span], tokenizer)
+        trained = [index for index, label in enumerate(labels) if label != IGNORE_INDEX] or [len(labels)]
+        prompts.append(input_ids[: trained[0]])
+        conversations.append(input_ids[: trained[-1] + 1])
+    # A prompt's last token may hold the beginning of an answer too, and then be another in the other conversation.
+    pairs = enumerate(zip(*prompts, strict=False))
+    start = next((index for index, (one, other) in pairs if one != other), min(map(len, prompts)))
+    return prompts[0][:start], conversations[0][start:], conversations[1][start:]
+
+
+def _last_answer(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
+) -> tuple[str, tuple[int, int]]:
+    """A conversation that ends with an answer as text, and where in it that answer stands."""
+    prompt = render(messages[:-1], tokenizer, tools=tools, add_generation_prompt=True)
+    text = render(messages, tokenizer, tools=tools)
+    if not text.startswith(prompt):
+        raise ValueError(
+            "the chat template renders the prompt differently once an answer follows it, so the answer cannot be "
+            "located: use a template that starts an answer with its generation prompt"
+        )
+    if len(text.rstrip()) <= len(prompt) and str(messages[-1].get("content") or "").strip():
+        raise ValueError(f"the chat template of {tokenizer.name_or_path} leaves out what the assistant says")
+    return text, (len(prompt), len(text.rstrip()))
 
 
 def _label(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

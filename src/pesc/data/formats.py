@@ -62,6 +62,15 @@ def conversation(row: Any, form: str | None = None) -> dict[str, Any]:
     return _check(read | _template_arguments(row, read["messages"]))
 
 
+def rejected_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    """A preference pair with its rejected answer, as a conversation.
+
+    Raises:
+        ValueError: saying what is wrong with the row.
+    """
+    return conversation(row | {"chosen": row["rejected"], "rejected": row["chosen"]}, "preference")
+
+
 def detect(row: Any) -> Format:
     """The format that a row's columns tell.
 
@@ -196,9 +205,12 @@ def _pair(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preference(row: dict[str, Any]) -> dict[str, Any]:
-    """The chosen answer; the rejected one is not trained on."""
-    prompt, chosen = row.get("prompt", row.get("conversations", [])), row["chosen"]
-    return {"messages": _as_messages(prompt, "user") + _as_messages(chosen, "assistant")}
+    """The chosen answer; `rejected_conversation` has the other."""
+    answer, _ = _as_messages(row["chosen"], "assistant"), row["rejected"]
+    if answer and answer[0]["role"] != "assistant":  # the whole conversation, as UltraFeedback has it beside its prompt
+        return {"messages": answer}
+    prompt: Any = next((row[name] for name in ("prompt", "question", "conversations") if name in row), [])
+    return {"messages": _as_messages(prompt, "user") + answer}
 
 
 def _as_messages(value: Any, role: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from pesc.data.decontaminate import Decontaminator
-from pesc.data.prepare import Encoder, PreparedSource, column, cut_source, prepare_source
+from pesc.data.prepare import Encoder, PairEncoder, PreparedSource, column, cut_source, prepare_source
 from pesc.data.settings import DataSettings, SourceSettings
 from pesc.storage.files import json_sha256, write_text
 
@@ -29,7 +29,7 @@ class Mixture:
 
     examples: datasets.Dataset
     """Columns `input_ids`, `labels` and `length`, among others; packed, each holds several documents, and
-    `seq_lengths`."""
+    `seq_lengths`; pairs have `rejected_ids`."""
     sources: list[PreparedSource]
     drawn: list[np.ndarray]
     """Of each source, the indices of its examples that are in the mixture, with repeats."""
@@ -57,16 +57,16 @@ class Mixture:
         """
         found: dict[str, list[str]] = {}
         documents = [document for index in indices for document in _documents(self.examples[index])]
-        for document in documents[:limit]:
-            name, row = self._origin(document)
+        for length, document in documents[:limit]:
+            name, row = self._origin(length, document)
             found.setdefault(name, []).append(str(row))
         more = f", and {len(documents) - limit} more rows" if len(documents) > limit else ""
         return "; ".join(f"{name}, row {', '.join(rows)}" for name, rows in found.items()) + more
 
-    def _origin(self, document: list[int]) -> tuple[str, int]:
+    def _origin(self, length: int, document: list[int]) -> tuple[str, int]:
         """Path of a source, and the number of a row in it, counted from 1."""
         for source in self.sources:
-            for at in (column(source.examples, "length") == len(document)).nonzero()[0].tolist():
+            for at in (column(source.examples, "length") == length).nonzero()[0].tolist():
                 if source.examples[at]["input_ids"] == document:
                     return source.settings.path, int(source.rows[at]) + 1
         raise AssertionError("an example that no source holds")
@@ -78,7 +78,9 @@ class Mixture:
         write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def prepare_mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, console: Console) -> Mixture:
+def prepare_mixture(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int, console: Console, *, pairs: bool = False
+) -> Mixture:
     """Encode every source, or map what was encoded before, and draw the mixture.
 
     Args:
@@ -86,6 +88,7 @@ def prepare_mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed
         tokenizer: with the chat template to use.
         seed: decides which rows are drawn, and their order.
         console: where progress is shown.
+        pairs: each row is to be an example of two answers, chosen and rejected.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `prepare_source` does.
@@ -95,7 +98,8 @@ def prepare_mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, seed
     cleaner = Decontaminator(data.decontaminate) if data.decontaminate else None
 
     def prepare(settings: SourceSettings, cleaner: Decontaminator | None) -> PreparedSource:
-        encoder = Encoder(tokenizer, data.max_length, data.truncation, cleaner, settings.format)
+        kind = PairEncoder if pairs else Encoder
+        encoder = kind(tokenizer, data.max_length, data.truncation, cleaner, settings.format)
         return prepare_source(settings, data, encoder, console)
 
     sources = [prepare(source, cleaner) for source in data.sources]
@@ -166,11 +170,13 @@ def _notes(source: PreparedSource) -> Iterator[str]:
         )
 
 
-def _documents(example: dict[str, Any]) -> list[list[int]]:
-    """The tokens of an example, or of each document of a packed one."""
+def _documents(example: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    """`length` and tokens of an example, or of each document of a packed one."""
     ids = example["input_ids"]
-    ends = list(itertools.accumulate(example.get("seq_lengths", [len(ids)])))
-    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    if "seq_lengths" not in example:
+        return [(example["length"], ids)]
+    ends = list(itertools.accumulate(example["seq_lengths"]))
+    return [(end - start, ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _draw(source: PreparedSource, seed: str) -> np.ndarray:

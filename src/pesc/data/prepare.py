@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -18,9 +18,9 @@ import pyarrow as pa
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from pesc.data.chat import IGNORE_INDEX, encode_conversation
+from pesc.data.chat import IGNORE_INDEX, encode_conversation, encode_pair
 from pesc.data.decontaminate import Decontaminator
-from pesc.data.formats import conversation, detect, refuse_faults
+from pesc.data.formats import conversation, detect, refuse_faults, rejected_conversation
 from pesc.data.settings import DataSettings, SourceSettings
 from pesc.data.sources import Piece, cut, data_files, read_rows
 from pesc.machine.progress import Progress
@@ -70,6 +70,7 @@ class Encoder:
     truncation: str
     decontaminator: Decontaminator | None
     format: str | None
+    schema: ClassVar = _SCHEMA
 
     def encode(self, piece: Piece, counts: Counts) -> Iterator[dict[str, Any]]:
         """The examples of a piece, counted."""
@@ -77,9 +78,7 @@ class Encoder:
             counts.rows += 1
             place = f"{piece.file.name}, row {number}"
             try:
-                name = self.format or detect(row).name
-                read = conversation(row, name)
-                pairs = encode_conversation(read, self.tokenizer)
+                name, read, encoded = self._read(row)
             except ValueError as error:
                 counts.faults.append(f"{place}: {error}")
                 continue
@@ -87,23 +86,31 @@ class Encoder:
             if self.decontaminator and (words := self.decontaminator.find(read)):
                 counts.contaminated.append(f"{place}: {words}")
                 continue
-            counts.split += len(pairs) > 1
-            for input_ids, labels in pairs:
-                if example := self._fit(input_ids, labels, counts):
+            counts.split += len(encoded) > 1
+            for tokens in encoded:
+                if example := self._fit(tokens, counts):
                     yield example | {"row": counts.rows - 1}
 
     def write(self, piece: Piece, file: Path) -> Path:
         """Encode a piece into an Arrow file, and its counts beside it."""
         counts = Counts()
         file.unlink(missing_ok=True)  # without counts, it is what an interruption left
-        with new_file(file) as partial, pa.ipc.new_stream(partial, _SCHEMA) as stream:
+        with new_file(file) as partial, pa.ipc.new_stream(partial, self.schema) as stream:
             examples = self.encode(piece, counts)
             while batch := list(itertools.islice(examples, _BATCH)):
-                stream.write_batch(pa.RecordBatch.from_pylist(batch, _SCHEMA))
+                stream.write_batch(pa.RecordBatch.from_pylist(batch, self.schema))
         write_json(_counts_of(file), asdict(counts))
         return file
 
-    def _fit(self, input_ids: list[int], labels: list[int], counts: Counts) -> dict[str, Any] | None:
+    def _read(self, row: Any) -> tuple[str, Any, list[Any]]:
+        """The name of a row's format, its texts, and the tokens of its examples, as `_fit` takes them."""
+        name = self.format or detect(row).name
+        read = conversation(row, name)
+        return name, read, encode_conversation(read, self.tokenizer)
+
+    def _fit(self, tokens: Any, counts: Counts) -> dict[str, Any] | None:
+        """An example, cut to the maximal length; None if nothing is left to train on."""
+        input_ids, labels = tokens
         if len(input_ids) > self.max_length:
             counts.truncated += 1
             if self.truncation == "drop":
@@ -116,6 +123,45 @@ class Encoder:
             counts.dropped += 1
             return None
         return {"input_ids": input_ids, "labels": labels, "length": len(input_ids), "trained": trained}
+
+
+class PairEncoder(Encoder):
+    """Makes an example of each preference pair.
+
+    It is the conversation with the chosen answer, which alone is trained on; `rejected_ids` holds the other answer's
+    tokens. `length` and `trained` count both conversations.
+    """
+
+    schema: ClassVar = _SCHEMA.append(pa.field("rejected_ids", _IDS))
+
+    def _read(self, row: Any) -> tuple[str, Any, list[Any]]:
+        chosen = conversation(row, "preference")
+        rejected = rejected_conversation(row)
+        return "preference", [chosen, rejected], [encode_pair(chosen, rejected, self.tokenizer)]
+
+    def _fit(self, tokens: Any, counts: Counts) -> dict[str, Any] | None:
+        prompt, chosen, rejected = tokens
+        excess = len(prompt) + max(len(chosen), len(rejected)) - self.max_length
+        if excess > 0:
+            counts.truncated += 1
+            if self.truncation == "drop":
+                return None
+            room = max(0, self.max_length - len(prompt))
+            if self.truncation == "left":
+                prompt = prompt[excess:]
+            else:
+                chosen, rejected = chosen[:room], rejected[:room]
+        if not (prompt and chosen and rejected):
+            counts.dropped += 1
+            return None
+        trained = len(chosen) + len(rejected)
+        return {
+            "input_ids": prompt + chosen,
+            "labels": [IGNORE_INDEX] * len(prompt) + chosen,
+            "rejected_ids": rejected,
+            "length": 2 * len(prompt) + trained,
+            "trained": trained,
+        }
 
 
 @dataclass(frozen=True)
@@ -187,7 +233,8 @@ def _key(encoder: Encoder, digest: str) -> str:
     cleaner = encoder.decontaminator and encoder.decontaminator.digest()
     libraries = [metadata.version(name) for name in ("pesc-moe", "transformers", "tokenizers")]
     made_by = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map, libraries]
-    return json_sha256([digest, encoder.max_length, encoder.truncation, encoder.format, cleaner, made_by])[:32]
+    kind = type(encoder).__name__
+    return json_sha256([kind, digest, encoder.max_length, encoder.truncation, encoder.format, cleaner, made_by])[:32]
 
 
 def _encode_missing(encoder: Encoder, pieces: list[Piece], files: list[Path]) -> Iterator[tuple[Path, Counts]]:

@@ -34,8 +34,11 @@ def show_mixture(mixture: Mixture, tokenizer: PreTrainedTokenizerBase, console: 
         examples, tokens = len(source.examples), column(source.examples, "trained").sum()
         console.print(Text(f"Held out: {name}, {examples:,} examples with {tokens:,} tokens to score"))
     console.print(_lengths(mixture))
+    colours = "what is trained on is green"
+    if "rejected_ids" in mixture.examples.column_names:
+        colours = "the chosen answer is green, the rejected one red"
     for index in range(min(_EXAMPLES, len(mixture.examples))):
-        console.print(Text(f"\nExample {index + 1}; what is trained on is green", style="bold"))
+        console.print(Text(f"\nExample {index + 1}; {colours}", style="bold"))
         console.print(_example(mixture, index, tokenizer))
 
 
@@ -83,4 +86,6 @@ def _example(mixture: Mixture, index: int, tokenizer: PreTrainedTokenizerBase) -
         text.append(tokenizer.decode(tokens), style="green" if trained else "dim")
     if len(example["input_ids"]) > _EXAMPLE_TOKENS:
         text.append(" \u2026", style="dim")
+    if "rejected_ids" in example:
+        text.append("\n" + tokenizer.decode(example["rejected_ids"][:_EXAMPLE_TOKENS]), style="red")
     return text

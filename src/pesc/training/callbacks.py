@@ -18,6 +18,7 @@ from pesc.machine.progress import Progress
 from pesc.storage.files import write_text
 
 METRICS = "metrics.jsonl"
+_ROUTING = ("aux_loss", "load_entropy")
 _COLLAPSED, _DEAD = "collapsed_layers", "dead_experts"
 _NOTHING_YET = {"step": 0, "tokens": 0, "elapsed": 0.0}
 
@@ -28,7 +29,10 @@ class MetricsWriter(TrainerCallback):
     A line holds: step; loss (of the language model alone); learning_rate; grad_norm; tokens (seen so far);
     tokens_per_second; elapsed (seconds, over interruptions); and for crafted models aux_loss (eq. 10 summed over
     layers, without its weight) and load_entropy (see `pesc.method.routing.load_entropy`), and every
-    `pesc.training.health.WINDOW` steps collapsed_layers and dead_experts (see `pesc.training.health.starved`).
+    `pesc.training.health.WINDOW` steps collapsed_layers and dead_experts (see `pesc.training.health.starved`). With
+    DPO also what it calls rewards, beta times the gain in log-likelihood since the start: rewards/chosen,
+    rewards/rejected, rewards/margins (their difference) and rewards/accuracies (the share of pairs where it is above
+    0).
     An evaluation appends a line of its own: step; tokens; held_out, the loss of each held-out source by name.
     """
 
@@ -71,6 +75,8 @@ class MetricsWriter(TrainerCallback):
         status = f"loss {line['loss']:.3f}  {line['tokens_per_second']:.0f} tokens/s"
         if "load_entropy" in line:
             status += f"  load entropy {line['load_entropy']:.3f}"
+        if "rewards/accuracies" in line:
+            status += f"  right preferences {line['rewards/accuracies']:.0%}"
         self.progress.update(state.global_step, status)
 
     def on_evaluate(
@@ -133,7 +139,7 @@ class MetricsWriter(TrainerCallback):
             "elapsed": elapsed,
         }
         self.step_start = now
-        line |= {key: float(logs[key]) for key in ("aux_loss", "load_entropy") if key in logs}
+        line |= {key: float(logs[key]) for key in logs if key in _ROUTING or key.startswith("rewards/")}
         return line | {key: logs[key] for key in (_COLLAPSED, _DEAD) if key in logs}
 
     def _lines(self) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ class HeldOutLoss(Trainer):
     """Evaluations without a lower loss after which training ends."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The loss of a labelled token, in nats, of each held-out source and as their mean; arguments are ignored.
+        """The loss of each held-out source and their mean, in nats; arguments are ignored.
 
         The trainer's state keeps the lowest mean and its step, and so does the checkpoint that is asked for then.
         """
@@ -43,15 +43,19 @@ class HeldOutLoss(Trainer):
     def _loss(self, examples: datasets.Dataset) -> float:
         """On every process the same examples: forward passes of a sharded model must be as many on all."""
         order = np.argsort(column(examples, "length"), kind="stable").tolist()
-        size, total, tokens = self.args.per_device_eval_batch_size, 0.0, 0
+        size, total, count = self.args.per_device_eval_batch_size, 0.0, 0
         for start in range(0, len(order), size):
             rows = [examples[index] for index in order[start : start + size]]
             batch = self._prepare_inputs(self.data_collator(rows))
-            labelled = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            items = self._items(batch)
             with self.compute_loss_context_manager():
-                total += self.compute_loss(self.model, batch).item() * labelled
-            tokens += labelled
-        return total / tokens
+                total += self.compute_loss(self.model, batch).item() * items
+            count += items
+        return total / count
+
+    def _items(self, batch: dict[str, torch.Tensor]) -> int:
+        """What the loss of a batch is a mean over: its labelled tokens."""
+        return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
 def patience_is_over(state: TrainerState, patience: int | None) -> bool:

@@ -36,6 +36,8 @@ Optimizer = Literal[
     "sgd",
 ]
 """transformers' names; those that need no package but bitsandbytes, and no settings of their own."""
+DPO_BETA = 0.1
+"""As in DPO's paper."""
 
 Reporter = Literal[
     "azure_ml",
@@ -85,6 +87,10 @@ class LoraSettings(Settings):
 class TrainingSettings(Settings):
     """Optimization, without weight decay."""
 
+    objective: Literal["sft", "dpo"] = "sft"
+    """sft: to say what the assistant says. dpo: to prefer the chosen answers of preference pairs to the rejected."""
+    dpo_beta: Annotated[float | None, above(0)] = None
+    """How strongly dpo keeps the model near its start; null means 0.1."""
     epochs: Annotated[float, above(0)] = 1.0
     """Passes over the data; fractions allowed."""
     steps: Annotated[int | None, at_least(1)] = None
@@ -122,6 +128,8 @@ class TrainingSettings(Settings):
     def conflicts(values: dict[str, Any]) -> Iterator[str]:
         if values.get("early_stopping_patience") is not None and values.get("eval_steps", ...) is None:
             yield "early_stopping_patience needs eval_steps, and data.eval to evaluate on"
+        if values.get("dpo_beta") is not None and values.get("objective") == "sft":
+            yield f"dpo_beta ({values['dpo_beta']}) needs objective dpo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +152,8 @@ class Recipe(Settings):
 
     Raises:
         ValueError: when pesc and lora are both None, so that nothing would train; when the run has its base's name; for
-            a quantized base without LoRA; for trained weights that are narrower than the base's.
+            a quantized base without LoRA; for trained weights that are narrower than the base's; for data that DPO
+            cannot use.
     """
 
     model: ModelSettings
@@ -168,6 +177,12 @@ class Recipe(Settings):
             )
         if self.training.trained_dtype == "bfloat16" != self.model.dtype:
             raise ValueError("training.trained_dtype (bfloat16) must be float32, as model.dtype is")
+        if self.training.objective == "dpo":
+            for source in [*self.data.sources, *self.data.held_out]:
+                if source.format not in (None, "preference"):
+                    raise ValueError(f"format ({source.format}) must be preference with training.objective dpo")
+            if self.data.packing:
+                raise ValueError("data.packing (true) must be false with training.objective dpo")
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.integrations import TensorBoardCallback, get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from pesc.crafting.adapter import ADAPTER
 from pesc.crafting.craft import craft
@@ -34,8 +35,8 @@ from pesc.training.checkpoints import fault_of, last_checkpoint
 from pesc.training.health import NotFiniteError, movement, starting_point, tell_movement
 from pesc.training.held_out import patience_is_over
 from pesc.training.quantization import quantization_options
-from pesc.training.recipe import LoraSettings, Recipe, differences, load_recipe
-from pesc.training.trainer import PescTrainer
+from pesc.training.recipe import DPO_BETA, LoraSettings, Recipe, differences, load_recipe
+from pesc.training.trainer import PescPreferenceTrainer, PescTrainer, Tuning
 
 SUMMARY, DATA_DIGEST, CHECKPOINTS = "summary.json", "train_data.sha256", "checkpoints"
 LOGS = "logs"
@@ -128,7 +129,8 @@ def prepare_data(recipe: Recipe, console: Console) -> tuple[Mixture, PreTrainedT
     tokenizer = locate(recipe.model.name).tokenizer()
     set_chat_template(tokenizer, recipe.data.chat_template)
     with quiet_libraries():
-        mixture = prepare_mixture(recipe.data, tokenizer, recipe.training.seed, console)
+        pairs = recipe.training.objective == "dpo"
+        mixture = prepare_mixture(recipe.data, tokenizer, recipe.training.seed, console, pairs=pairs)
     for line in mixture.notes():
         console.print(line, highlight=False, markup=False)
     return mixture, tokenizer
@@ -160,9 +162,10 @@ def _build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     mixture: Mixture,
     writer: MetricsWriter,
-) -> PescTrainer:
+) -> Tuning:
     training = recipe.training
-    trainer = PescTrainer(
+    kind = PescPreferenceTrainer if training.objective == "dpo" else PescTrainer
+    trainer = kind(
         model,
         args=_arguments(recipe),
         train_dataset=mixture.examples,
@@ -185,7 +188,7 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
 
-def _train_or_resume(trainer: PescTrainer, checkpoints: Path, console: Console) -> TrainerState:
+def _train_or_resume(trainer: Tuning, checkpoints: Path, console: Console) -> TrainerState:
     """The state at the end."""
     checkpoint = last_checkpoint(checkpoints, console)
     if checkpoint is not None:
@@ -272,13 +275,16 @@ def _refuse_other_data(recipe: Recipe) -> None:
         )
 
 
-def _arguments(recipe: Recipe) -> SFTConfig:
-    training = recipe.training
-    return SFTConfig(
+def _arguments(recipe: Recipe) -> SFTConfig | DPOConfig:
+    training, data = recipe.training, recipe.data
+    own: dict[str, Any]
+    kind, own = SFTConfig, {"max_length": data.max_length, "packing": data.packing}
+    own["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    if training.objective == "dpo":
+        kind, own = DPOConfig, {"beta": training.dpo_beta or DPO_BETA, "max_length": None, "disable_dropout": False}
+    return kind(
+        **own,
         output_dir=str(recipe.output.folder / CHECKPOINTS),
-        max_length=recipe.data.max_length,
-        packing=recipe.data.packing,
-        dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,  # the sampler needs their lengths
         num_train_epochs=training.epochs,
         max_steps=training.steps or -1,

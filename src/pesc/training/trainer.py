@@ -1,12 +1,15 @@
-"""What tuning adds to trl's trainers: parts that any of them can take, and the SFT trainer of `pesc train`."""
+"""What tuning adds to trl's trainers: parts that any of them can take, and the two trainers of `pesc train`."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import datasets
 import torch
 from transformers import PreTrainedModel, Trainer
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from pesc.crafting.backbone import watch_routing
 from pesc.crafting.surgery import expert_parameters
@@ -99,13 +102,13 @@ class LabelledPositions(Trainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
 
-class PescTrainer(HeldOutLoss, FiniteSteps, RoutingMetrics, AdapterCheckpoints, LabelledPositions, SFTTrainer):
-    """Trains crafted models, and dense ones with LoRA, the same way.
+class Tuning(HeldOutLoss, FiniteSteps, RoutingMetrics, AdapterCheckpoints):
+    """What `pesc train` adds to a trainer of trl, for crafted models and for dense ones with LoRA.
 
     Args:
         router_learning_rate: peak rate of the routers; None for `learning_rate`.
         experts_learning_rate: peak rate of the experts; None for `learning_rate`.
-        kwargs: passed to `SFTTrainer`.
+        kwargs: passed to trl's trainer.
     """
 
     def __init__(
@@ -152,3 +155,46 @@ class PescTrainer(HeldOutLoss, FiniteSteps, RoutingMetrics, AdapterCheckpoints, 
         loss = super().training_step(*args, **kwargs)
         release_where_scarce()
         return loss
+
+
+class PescTrainer(Tuning, LabelledPositions, SFTTrainer):
+    """Tunes on conversations."""
+
+
+class PescPreferenceTrainer(Tuning, DPOTrainer):
+    """Tunes on preference pairs (DPO, arXiv 2305.18290), against the model as it is when the trainer is built.
+
+    Args:
+        kwargs: as of `Tuning`; `train_dataset` is what `pesc.data.prepare.PairEncoder` makes.
+    """
+
+    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        padding = 0  # masked, so any token does
+        super().__init__(model, ref_model=_frozen_copy(model), data_collator=_PairCollator(padding), **kwargs)
+
+    def _prepare_dataset(self, dataset: datasets.Dataset, *args: Any) -> datasets.Dataset:
+        return dataset
+
+    def _items(self, batch: dict[str, torch.Tensor]) -> int:
+        return len(batch["input_ids"]) // 2
+
+
+class _PairCollator(DataCollatorForPreference):
+    """Pads the answers of pairs, and names their parts as trl does."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        pairs = []
+        for example in examples:
+            chosen = [label for label in example["labels"] if label != IGNORE_INDEX]
+            prompt = example["input_ids"][: -len(chosen)]
+            pairs.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": example["rejected_ids"]})
+        batch: dict[str, Any] = super().torch_call(pairs)
+        return batch
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that stays as the model is now. Both share what does not train, so it takes little memory."""
+    # Layers and not only their weights, as those of bitsandbytes keep a part of a weight beside it.
+    layers = [module for module in model.modules() if not list(module.children()) and list(module.parameters())]
+    shared = [layer for layer in layers if not any(parameter.requires_grad for parameter in layer.parameters())]
+    return copy.deepcopy(model, {id(layer): layer for layer in shared}).requires_grad_(False).eval()
