@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from checkpoints import tiny_tokenizer
-from pesc.data.chat import IGNORE_INDEX, encode_conversation, encode_messages
+from pesc.data.chat import IGNORE_INDEX, encode_conversation, encode_messages, encode_pair
 
 TURNS = [
     {"role": "system", "content": "be brief"},
@@ -100,3 +100,36 @@ def test_a_template_that_fails_or_shows_no_answer_is_named(template: str, messag
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     with pytest.raises(ValueError, match=f"the chat template of .*{message}"):
         encode_messages(messages, tokenizer)
+
+
+def pair(rejected: str, messages: list[dict] = TURNS[:-1]) -> tuple[dict, dict]:
+    answers = ({"role": "assistant", "content": text} for text in ("no, été", rejected))
+    return tuple({"messages": [*messages, answer]} for answer in answers)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("template", [None, REWRITING])
+def test_a_pair_is_a_prompt_with_two_answers(template: str | None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    prompt, chosen, rejected = map(tokenizer.decode, encode_pair(*pair("never"), tokenizer))
+    assert prompt == tokenizer.apply_chat_template(TURNS[:-1], tokenize=False, add_generation_prompt=True)
+    thought = "<think></think>" if template else ""
+    assert (chosen, rejected) == (f"{thought}no, été<|im_end|>", f"{thought}never<|im_end|>")
+
+
+def test_a_token_that_spans_prompt_and_answer_belongs_to_the_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["assistant\nnev"])
+    prompt, chosen, rejected = encode_pair(*pair("never"), tokenizer)
+    assert tokenizer.decode(prompt).endswith("<|im_start|>")
+    assert tokenizer.decode(chosen) == "assistant\nno, été<|im_end|>"
+    assert tokenizer.decode(rejected) == "assistant\nnever<|im_end|>"
+
+
+def test_conversations_that_are_no_pair_are_refused() -> None:
+    chosen, rejected = pair("never")
+    with pytest.raises(ValueError, match="must differ in the last one alone"):
+        encode_pair(chosen, {"messages": rejected["messages"][1:]}, tiny_tokenizer())
+    asked = {"messages": [*TURNS, TURNS[1]]}
+    with pytest.raises(ValueError, match="must end with the assistant's"):
+        encode_pair(asked, asked, tiny_tokenizer())

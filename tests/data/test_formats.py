@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pesc.data.formats import conversation, detect, read_examples
+from pesc.data.formats import conversation, detect, read_examples, rejected_conversation
 
 USER, ANSWER = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "yes"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -35,6 +35,8 @@ ROWS: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     ("prompt-completion", {"query": "one?", "response": "yes", "type": "GSM"}, [USER, ANSWER]),
     ("preference", {"prompt": "one?", "chosen": "yes", "rejected": "no"}, [USER, ANSWER]),
     ("preference", {"chosen": [USER, ANSWER], "rejected": [USER, USER]}, [USER, ANSWER]),
+    ("preference", {"prompt": "one?", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, [USER, ANSWER]),
+    ("preference", {"system": "be brief", "question": "one?", "chosen": "yes", "rejected": ""}, [SYSTEM, USER, ANSWER]),
     (
         "preference",
         {
@@ -57,6 +59,14 @@ def test_every_format_is_recognised_and_read(name: str, row: dict[str, Any], mes
     assert detect(row).name == name
     assert conversation(row)["messages"] == messages
     assert conversation(row, name)["messages"] == messages
+
+
+def test_a_pair_has_another_conversation() -> None:
+    no = ANSWER | {"content": "no"}
+    assert rejected_conversation({"prompt": "one?", "chosen": "yes", "rejected": "no"})["messages"] == [USER, no]
+    assert rejected_conversation({"chosen": [USER, ANSWER], "rejected": [USER, no]})["messages"] == [USER, no]
+    with pytest.raises(ValueError, match="no 'rejected', which a row of format preference has"):
+        conversation({"prompt": "one?", "chosen": "yes"}, "preference")
 
 
 def test_text_and_tools() -> None:

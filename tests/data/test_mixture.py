@@ -13,7 +13,7 @@ from rich.console import Console
 
 import pesc.data.prepare as prepare
 import pesc.data.sources as sources
-from checkpoints import tiny_tokenizer, write_rows
+from checkpoints import tiny_tokenizer, write_pairs, write_rows
 from pesc.data.chat import IGNORE_INDEX
 from pesc.data.mixture import Mixture, content_hash, prepare_mixture
 from pesc.data.settings import DataSettings, SourceSettings
@@ -25,8 +25,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "data"
 
 
-def mix(seed: int = 0, **settings: Any) -> Mixture:
-    return prepare_mixture(DataSettings(**settings), tiny_tokenizer(), seed, Console(file=io.StringIO()))
+def mix(seed: int = 0, pairs: bool = False, **settings: Any) -> Mixture:
+    console = Console(file=io.StringIO())
+    return prepare_mixture(DataSettings(**settings), tiny_tokenizer(), seed, console, pairs=pairs)
 
 
 def documents(mixture: Mixture) -> list[str]:
@@ -106,6 +107,50 @@ def test_truncation_keeps_the_end_that_is_asked_for(tmp_path: Path, truncation: 
     assert all(labels[0] == IGNORE_INDEX for labels in mixture.examples["labels"])
     dropped = mix(train=path, max_length=40, truncation="drop")
     assert len(dropped.examples) == 20 - dropped.sources[0].counts.truncated
+
+
+def test_pairs_keep_within_the_length_with_either_answer(tmp_path: Path) -> None:
+    path = str(write_pairs(tmp_path / "pairs.jsonl", 20))
+
+    def parts(**settings: Any) -> tuple[list[list[list[int]]], Mixture]:
+        mixture = mix(train=path, pairs=True, **settings)
+        found = []
+        for example in mixture.examples:
+            answer = [label for label in example["labels"] if label != IGNORE_INDEX]
+            prompt = example["input_ids"][: -len(answer)]
+            assert example["input_ids"] == prompt + answer
+            assert example["length"] == 2 * len(prompt) + example["trained"]
+            assert example["trained"] == len(answer) + len(example["rejected_ids"])
+            found.append([prompt, answer, example["rejected_ids"]])
+        return found, mixture
+
+    complete, _ = parts()
+    assert len(complete) == 20
+    for truncation in ("right", "left"):
+        cut, mixture = parts(max_length=36, truncation=truncation)
+        assert max(len(prompt) + len(answer) for prompt, *answers in cut for answer in answers) == 36
+        assert 0 < mixture.sources[0].counts.truncated < 20
+        for prompt, *answers in cut:
+            if truncation == "right":
+                assert any([prompt, *(a[: 36 - len(p)] for a in b)] == [prompt, *answers] for p, *b in complete)
+            else:
+                assert any(answers == b and p[-len(prompt) :] == prompt for p, *b in complete)
+    dropped, mixture = parts(max_length=36, truncation="drop")
+    assert len(dropped) == 20 - mixture.sources[0].counts.truncated
+    with pytest.raises(ValueError, match="20 of 20 lose their answers"):
+        parts(max_length=10)
+
+
+def test_evaluation_sets_are_kept_out_of_both_answers(tmp_path: Path) -> None:
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"prompt": "count", "chosen": "one", "rejected": words})
+        + "\n"
+        + json.dumps({"prompt": "count", "chosen": "one", "rejected": "no"})
+    )
+    (tmp_path / "cases.json").write_text(json.dumps([{"text": words}]))
+    mixture = mix(pairs=True, train=str(tmp_path / "pairs.jsonl"), decontaminate=[str(tmp_path / "cases.json")])
+    assert len(mixture.examples) == 1
 
 
 def _tokens(mixture: Mixture) -> list[tuple[int, ...]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from checkpoints import tiny_tokenizer, write_rows
+from checkpoints import tiny_tokenizer, write_pairs, write_rows
 from pesc.data.mixture import prepare_mixture
 from pesc.data.settings import DataSettings, SourceSettings
 from pesc.data.show import show_mixture
@@ -39,3 +39,13 @@ def test_the_table_the_lengths_and_the_coloured_tokens(tmp_path: Path) -> None:
     assert "<|im_start|>user\ncount to" in shown
     assert re.search(r"Held out: held, 4 examples with \d+ tokens to score", shown)
     assert "color: #008000" in page
+
+
+def test_both_answers_of_a_pair_are_shown(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200, record=True)
+    data = DataSettings(train=str(write_pairs(tmp_path / "pairs.jsonl", 1)))
+    show_mixture(prepare_mixture(data, tiny_tokenizer(), 0, console, pairs=True), tiny_tokenizer(), console)
+    assert "the chosen answer is green, the rejected one red" in console.export_text(clear=False)
+    page = console.export_html(inline_styles=True)
+    assert re.search("color: #008000[^>]*>1&lt;", page)
+    assert re.search("color: #800000[^>]*>no&lt;", page)

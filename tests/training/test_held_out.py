@@ -119,6 +119,13 @@ def test_training_ends_when_nothing_improves(tmp_path: Path, console: Console) -
     assert f"stopped early after step {said['steps']} of 16; the adapter is that of step" in console.file.getvalue()
 
 
+def test_evaluations_leave_a_quantized_base_as_it_is(tmp_path: Path, console: Console) -> None:
+    pytest.importorskip("bitsandbytes")
+    for name, changes in {"alone": {"eval": None, "eval_steps": None}, "measured": {}}.items():
+        train(overtrained(tmp_path, folder=tmp_path / name, quantization="nf4", **changes), console)
+    assert steps(tmp_path / "alone") == steps(tmp_path / "measured")
+
+
 @pytest.mark.parametrize("forward_passes", [1, 5, 6, 7, 9])
 def test_a_resumed_run_with_evaluations_equals_its_twin(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, forward_passes: int

@@ -116,6 +116,15 @@ def pairs_of(inputs: dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
     ]
 
 
+def test_held_out_pairs_are_scored_and_change_nothing(tmp_path: Path, console: Console) -> None:
+    alone = load_file(train(recipe(tmp_path, folder=tmp_path / "alone"), console) / "adapter.safetensors")
+    held_out = {"eval": str(write_pairs(tmp_path / "other.jsonl", 5)), "eval_steps": 2}
+    measured = load_file(train(recipe(tmp_path, **held_out), console) / "adapter.safetensors")
+    found = [line["held_out"]["other"] for line in metrics(tmp_path / "run") if "held_out" in line]
+    assert math.log(2) > found[0] > found[1] > found[2]
+    assert all(torch.equal(alone[name], measured[name]) for name in alone)
+
+
 @pytest.mark.parametrize("base", ["dense", "tuned"])
 def test_an_interrupted_run_resumes_to_the_same_end(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch, base: str

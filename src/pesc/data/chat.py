@@ -83,8 +83,8 @@ def _last_answer(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
 ) -> tuple[str, tuple[int, int]]:
     """A conversation that ends with an answer as text, and where in it that answer stands."""
-    prompt = render(messages[:-1], tokenizer, tools=tools, add_generation_prompt=True)
     text = render(messages, tokenizer, tools=tools)
+    prompt = render(messages[:-1], tokenizer, tools=tools, add_generation_prompt=True)
     if not text.startswith(prompt):
         raise ValueError(
             "the chat template renders the prompt differently once an answer follows it, so the answer cannot be "

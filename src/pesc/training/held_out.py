@@ -26,6 +26,9 @@ class HeldOutLoss(Trainer):
         The trainer's state keeps the lowest mean and its step, and so does the checkpoint that is asked for then.
         """
         self.model.eval()
+        for layer in self.model.modules():
+            if type(layer).__name__ == "Linear4bit":  # in eval mode, bitsandbytes rounds its weights again on a CPU
+                layer.train()
         losses = {name: self._loss(examples) for name, examples in self.eval_dataset.items()}
         mean = float(np.mean(list(losses.values())))
         if mean < (np.inf if self.state.best_metric is None else self.state.best_metric):
