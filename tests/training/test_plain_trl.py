@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -170,3 +170,34 @@ def test_trainers_on_preferences_and_rewards(
     assert not [name for name, p in after.items() if torch.equal(before[name], p)]
     saved = adapter_tensors(load(tmp_path / "run" / "checkpoint-4"))
     assert all(torch.equal(saved[name], p) for name, p in after.items())
+
+
+@pytest.mark.parametrize(("kind", "config", "rows"), [(SFTTrainer, SFTConfig, TEXTS), (DPOTrainer, DPOConfig, PAIRS)])
+def test_peft_config_trains_and_saves_routers_and_experts_or_warns(
+    kind: type, config: type, rows: object, tmp_path: Path
+) -> None:
+    """With DPO, the reference is the model without what peft added, routers and experts included."""
+    pesc = PescConfig(num_experts=4, adapter_dim=8)
+    folder = craft_checkpoint(tiny_dense(tmp_path / "dense"), tmp_path / "crafted", pesc)
+    data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+    args = config(str(tmp_path / "run"), max_steps=2, save_steps=2, logging_steps=1, learning_rate=0.01, **QUIET)
+
+    def trainer(**lora: object):
+        adapter = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **lora)
+        kwargs = {"args": args, "train_dataset": data, "processing_class": tiny_tokenizer(), "peft_config": adapter}
+        return kind(load(folder), **kwargs)
+
+    with pytest.warns(UserWarning, match="routers and experts are frozen"):
+        trainer().train()
+    trained = trainer(modules_to_save=["router", "experts"])
+    trained.train()
+    if kind is DPOTrainer:
+        assert trained.state.log_history[0]["loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
+    ids, before = torch.tensor([[5, 6, 7, 8]]), load(folder).eval()
+    saved = PeftModel.from_pretrained(load(folder), tmp_path / "run" / "checkpoint-2").eval()
+    assert torch.equal(saved(ids).logits, trained.model.eval()(ids).logits)
+    start, end = expert_parameters(before), dict(saved.named_parameters())
+    for name, parameter in start.items():
+        part = "router" if ".router." in name else "experts"
+        kept = name.replace(f".{part}.", f".{part}.modules_to_save.default.")
+        assert not torch.equal(parameter, end[f"base_model.model.{kept}"])
