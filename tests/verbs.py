@@ -109,8 +109,8 @@ def make_verbs(root: Path, fixture: Path) -> dict[str, Callable[[str], Verb]]:
         run, recipe = root / place / "run", root / f"{place}.yaml"
         run.parent.mkdir()
         recipe.write_text(
-            f"model: {{name: {dense}}}\npesc: {{num_experts: 4, adapter_dim: 8}}\nlora: {{r: 4}}\n"
-            f"data: {{train: {rows}, max_length: 128}}\n"
+            f"model: {{name: {dense}}}\npesc: {{num_experts: 4, adapter_dim: 8, adapter_dropout: 0.1}}\n"
+            f"lora: {{r: 4, dropout: 0.1}}\ndata: {{train: {rows}, max_length: 128, packing: true}}\n"
             f"training: {{steps: {STEPS}, batch_size: 2}}\noutput: {{folder: {run}, save_steps: {SAVE_STEPS}}}\n"
         )
         return Verb("train", run.parent, ["train", str(recipe)], run / "adapter")
@@ -128,6 +128,7 @@ def _run(arguments: list[str], folder: Path, disturbance: Disturbance) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)  # `pesc craft` draws the experts
+    os.environ["PESC_CACHE"] = str(folder.with_suffix(".cache"))  # so that data are prepared in each folder's first run
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(folder.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     count = _watch(folder, disturbance)
